@@ -1,0 +1,61 @@
+"""The seam between what mlxedge does and what computes it.
+
+A backend is an object, not a global, so that two can be compared in one process. It deals in
+whole operations over blocks; arrays at the seam are NumPy's (bf16 as ``ml_dtypes.bfloat16``).
+:func:`load_ops` is the only place that names a backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import sys
+from typing import TYPE_CHECKING, Protocol
+
+from mlxedge.encodings import Encoding
+from mlxedge.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: The stored arrays of an encoded tensor, by part name ("weight", "scales", "biases").
+Parts = dict[str, "np.ndarray"]
+
+BACKENDS = {"numpy": "mlxedge.fallback", "mlx": "mlxedge.accel"}
+
+
+class Ops(Protocol):
+    """Encode and decode blocks. Both backends give the same bytes, which ``fallback`` defines."""
+
+    name: str
+
+    def encode(self, weights: np.ndarray, encoding: Encoding) -> Parts:
+        """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16) row by row.
+
+        Raises UnsupportedEncodingError if the encoding has no encoder. ``cols`` must be a multiple
+        of ``encoding.block``. Rows are independent: encoding a slice of rows gives the same slice.
+        """
+
+    def decode(self, parts: Parts, encoding: Encoding) -> np.ndarray:
+        """Decode to f32 ``[rows, cols]``."""
+
+
+def default_backend() -> str:
+    """"mlx" on Apple silicon where it is installed, else "numpy"."""
+    on_apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
+    if on_apple_silicon and importlib.util.find_spec("mlx") is not None:
+        return "mlx"
+    return "numpy"
+
+
+def load_ops(name: str | None = None) -> Ops:
+    """The backend called ``name``, or this machine's default."""
+    name = name or default_backend()
+    if name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}: choose from {', '.join(BACKENDS)}")
+    if name == "mlx" and importlib.util.find_spec("mlx") is None:
+        raise BackendError("backend mlx needs MLX: pip install 'mlxedge[mlx]', or use --backend numpy")
+    module = importlib.import_module(BACKENDS[name])
+    ops: Ops = module.OPS
+    return ops

@@ -1,0 +1,118 @@
+"""What every source hands out: named tensors that are read on demand, a config, a tokenizer.
+
+Names and layouts are Hugging Face's (``model.layers.0.self_attn.q_proj.weight``, Q and K rows in
+the order of transformers), whatever the file was. Readers of GGUF and MLX map to them, so that
+everything after this point knows one kind of model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.encodings import Encoding
+
+if TYPE_CHECKING:
+    from mlxedge.ops import Parts
+    from mlxedge.tokenizer.spec import TokenizerSpec
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor that is read when asked for.
+
+    ``shape`` is the tensor's logical shape (``[out, in]`` for a linear layer), ``encoding`` how it
+    is stored. ``read_rows(start, stop)`` returns the parts of rows ``start:stop`` of the tensor
+    seen as ``[rows, cols]`` (all leading dimensions joined; a 1-D tensor is one row), in fresh
+    memory that the caller may keep; it raises CorruptFileError if the file ends early.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: Encoding
+    read_rows: Callable[[int, int], Parts] = field(repr=False, compare=False)
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def cols(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.encoding.nbytes(self.shape)
+
+    def read(self) -> Parts:
+        return self.read_rows(0, self.rows)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from.
+
+    ``kind`` is "hf", "gguf" or "mlx" (what the files are), ``repo`` and ``revision`` (the commit
+    hash) are set when it came from the Hub, ``path`` is the local file or folder and ``files``
+    every file that was or may be read, for hashing and for the record of a run.
+    """
+
+    kind: str
+    path: Path
+    files: tuple[Path, ...]
+    repo: str | None = None
+    revision: str | None = None
+
+
+class Tensors(Mapping[str, SourceTensor]):
+    """Source tensors by canonical name, in the order of the source."""
+
+    def __init__(self, tensors: dict[str, SourceTensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> SourceTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass
+class Checkpoint(AbstractContextManager["Checkpoint"]):
+    """A model at rest.
+
+    ``config`` is config.json as Hugging Face writes it (made up from the metadata for a GGUF
+    file); ``tokenizer`` is ``None`` if the source has none. ``name`` is a short name for files.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: Tensors
+    tokenizer: TokenizerSpec | None
+    generation_config: dict[str, Any]
+    origin: Origin
+    on_close: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    def close(self) -> None:
+        self.on_close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
