@@ -42,7 +42,7 @@ class Ops(Protocol):
 
 
 def default_backend() -> str:
-    """"mlx" on Apple silicon where it is installed, else "numpy"."""
+    """ "mlx" on Apple silicon where it is installed, else "numpy"."""
     on_apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
     if on_apple_silicon and importlib.util.find_spec("mlx") is not None:
         return "mlx"
@@ -55,7 +55,9 @@ def load_ops(name: str | None = None) -> Ops:
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}: choose from {', '.join(BACKENDS)}")
     if name == "mlx" and importlib.util.find_spec("mlx") is None:
-        raise BackendError("backend mlx needs MLX: pip install 'mlxedge[mlx]', or use --backend numpy")
+        raise BackendError(
+            "backend mlx needs MLX: pip install 'mlxedge[mlx]', or use --backend numpy"
+        )
     module = importlib.import_module(BACKENDS[name])
     ops: Ops = module.OPS
     return ops

@@ -1,8 +1,8 @@
 """``--to``: what a user asks for, parsed once.
 
-    mlx:4bit  mlx:4bit-g32  mlx:mxfp4  mlx:bf16    an MLX folder
-    gguf:q4_k_m  gguf:q8_0  gguf:f16               a GGUF file, by llama.cpp's recipe of that name
-    hf:bf16                                        a folder that transformers loads
+mlx:4bit  mlx:4bit-g32  mlx:mxfp4  mlx:bf16    an MLX folder
+gguf:q4_k_m  gguf:q8_0  gguf:f16               a GGUF file, by llama.cpp's recipe of that name
+hf:bf16                                        a folder that transformers loads
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def parse_target(text: str) -> Target:
     """Parse a ``--to`` value; raises UsageError that names what is possible."""
     kind, colon, recipe = text.strip().lower().partition(":")
     if not colon or not recipe:
-        raise UsageError(f"target {text!r}: write FORMAT:RECIPE, for example mlx:4bit or gguf:q4_k_m")
+        raise UsageError(
+            f"target {text!r}: write FORMAT:RECIPE, for example mlx:4bit or gguf:q4_k_m"
+        )
     if kind == "mlx":
         if match := _AFFINE.fullmatch(recipe):
             bits, group = int(match[1]), int(match[2] or 64)

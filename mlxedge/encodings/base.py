@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 #: Bytes per element of the dtypes that parts are made of.
-ITEM_SIZE = {"f32": 4, "f16": 2, "bf16": 2, "u32": 4, "u8": 1, "i8": 1, "i16": 2, "i32": 4, "f64": 8}
+ITEM_SIZE = {
+    "f32": 4,
+    "f16": 2,
+    "bf16": 2,
+    "u32": 4,
+    "u8": 1,
+    "i8": 1,
+    "i16": 2,
+    "i32": 4,
+    "f64": 8,
+}
 
 
 @dataclass(frozen=True)

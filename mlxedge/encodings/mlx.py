@@ -77,5 +77,6 @@ class MlxFloat(Encoding):
 
 
 MLX_FLOAT = {
-    e.mode: e for e in (MlxFloat("mxfp4", 4, 32), MlxFloat("mxfp8", 8, 32), MlxFloat("nvfp4", 4, 16))
+    e.mode: e
+    for e in (MlxFloat("mxfp4", 4, 32), MlxFloat("mxfp8", 8, 32), MlxFloat("nvfp4", 4, 16))
 }

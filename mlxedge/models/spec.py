@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from mlxedge.gguf_values import GgufValue, Metadata
+
 #: How the rows of a tensor are laid out in GGUF against Hugging Face. "rope_q" and "rope_k" stand
 #: for the interleaved rotary order that llama.cpp's llama graph expects.
 RowOrder = Literal["same", "rope_q", "rope_k"]
@@ -36,8 +38,8 @@ class ModelSpec:
     model_type: str
     gguf_arch: str
     names: tuple[Name, ...]
-    gguf_metadata: Callable[[dict[str, Any]], dict[str, Any]]
-    config_from_gguf: Callable[[Mapping[str, Any]], dict[str, Any]]
+    gguf_metadata: Callable[[dict[str, Any]], Metadata]
+    config_from_gguf: Callable[[Mapping[str, GgufValue]], dict[str, Any]]
     mlx_config: Callable[[dict[str, Any]], dict[str, Any]]
     extra_gguf_tensors: Callable[[dict[str, Any]], dict[str, Any]] = field(
         default=lambda config: {}

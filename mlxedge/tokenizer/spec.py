@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from mlxedge.gguf_values import GgufValue
 
 
 @dataclass(frozen=True)
@@ -18,4 +19,4 @@ class TokenizerSpec:
     """
 
     files: Mapping[str, bytes]
-    gguf: Mapping[str, Any] = field(default_factory=dict)
+    gguf: Mapping[str, GgufValue] = field(default_factory=dict)
