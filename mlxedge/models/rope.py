@@ -1,0 +1,146 @@
+"""Rotary position embeddings, as config.json describes them.
+
+Two styles are read: ``rope_theta`` beside ``rope_scaling``, and ``rope_parameters`` (transformers
+5), which holds both. :func:`rope_settings` understands them, :func:`inverse_frequencies` computes
+what a forward pass and a GGUF writer need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DEFAULT_THETA = 10000.0
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary settings of a model.
+
+    ``type`` is one of ``ROPE_TYPES``. ``original_max_position`` is the context the model was first
+    trained with. ``attention_factor`` multiplies cosine and sine (yarn; 1.0 otherwise), and
+    ``fraction`` of each head is rotated. Fields that a type does not use keep their defaults.
+    """
+
+    theta: float = DEFAULT_THETA
+    type: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+    fraction: float = 1.0
+
+    def dims(self, head_dim: int) -> int:
+        """How many of ``head_dim`` dimensions are rotated."""
+        return int(head_dim * self.fraction)
+
+
+def rope_settings(config: Mapping[str, Any]) -> Rope:
+    """Read the rotary settings from a config in either style.
+
+    Raises UnsupportedModelError for a type outside ``ROPE_TYPES``, for settings that differ by
+    layer, and for a type whose settings are missing.
+    """
+    new = config.get("rope_parameters") or {}
+    old = config.get("rope_scaling") or {}
+    values: Mapping[str, Any] = new or old
+    if any(isinstance(v, Mapping) for v in values.values()):
+        raise UnsupportedModelError("rope_parameters that differ by layer are not supported yet")
+    kind = values.get("rope_type") or values.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"rope type {kind!r} is not supported: known are {', '.join(ROPE_TYPES)}"
+        )
+    theta = _first(values.get("rope_theta"), config.get("rope_theta"), DEFAULT_THETA)
+    fraction = _first(values.get("partial_rotary_factor"), config.get("partial_rotary_factor"), 1.0)
+    longest = config.get("max_position_embeddings")
+    original = _first(values.get("original_max_position_embeddings"), longest, 0)
+    factor = values.get("factor")
+    if factor is None and kind == "yarn" and longest and original:
+        factor = longest / original
+    if factor is None and kind != "default":
+        raise UnsupportedModelError(f"rope type {kind!r} needs a factor, and config.json has none")
+    if kind in ("llama3", "yarn") and not original:
+        raise UnsupportedModelError(
+            f"rope type {kind!r} needs original_max_position_embeddings, and config.json has none"
+        )
+    scale = float(_first(factor, 1.0)) if kind != "default" else 1.0
+    return Rope(
+        theta=float(theta),
+        type=kind,
+        factor=scale,
+        original_max_position=int(original),
+        low_freq_factor=float(_first(values.get("low_freq_factor"), 1.0)),
+        high_freq_factor=float(_first(values.get("high_freq_factor"), 4.0)),
+        beta_fast=float(values.get("beta_fast") or 32.0),
+        beta_slow=float(values.get("beta_slow") or 1.0),
+        attention_factor=_attention_factor(values, scale) if kind == "yarn" else 1.0,
+        truncate=bool(_first(values.get("truncate"), True)),
+        fraction=float(fraction),
+    )
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position of each rotated pair: f64 ``[rope.dims(head_dim) / 2]``.
+
+    "dynamic" stretches only beyond the trained context, which is where generation stops, so it
+    equals "default" here. llama3: Llama 3.1's smoothed split by wavelength. yarn: Peng et al.,
+    2023 (arXiv 2309.00071), with the ramp between ``beta_slow`` and ``beta_fast`` rotations.
+    """
+    import numpy as np
+
+    dims = rope.dims(head_dim)
+    frequencies = rope.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
+    if rope.type == "linear":
+        return frequencies / rope.factor
+    if rope.type == "llama3":
+        rotations = rope.original_max_position * frequencies / (2 * math.pi)
+        span = rope.high_freq_factor - rope.low_freq_factor
+        keep = np.clip((rotations - rope.low_freq_factor) / span, 0.0, 1.0)
+    elif rope.type == "yarn":
+        low, high = (_yarn_dim(rope, n, dims) for n in (rope.beta_fast, rope.beta_slow))
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dims - 1)
+        width = high - low if high != low else 0.001
+        keep = 1.0 - np.clip((np.arange(dims // 2) - low) / width, 0.0, 1.0)
+    else:
+        return frequencies
+    result: np.ndarray = frequencies * keep + frequencies / rope.factor * (1.0 - keep)
+    return result
+
+
+def _yarn_dim(rope: Rope, rotations: float, dims: int) -> float:
+    """The (fractional) pair that turns ``rotations`` times within the original context."""
+    turns = rope.original_max_position / (rotations * 2 * math.pi)
+    return dims * math.log(turns) / (2 * math.log(rope.theta))
+
+
+def _attention_factor(values: Mapping[str, Any], factor: float) -> float:
+    given = values.get("attention_factor")
+    if given is not None:
+        return float(given)
+    mscale, all_dims = values.get("mscale"), values.get("mscale_all_dim")
+    if mscale and all_dims:
+        return _yarn_scale(factor, mscale) / _yarn_scale(factor, all_dims)
+    return _yarn_scale(factor, 1.0)
+
+
+def _yarn_scale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _first(*values: Any) -> Any:
+    return next((v for v in values if v is not None), None)
