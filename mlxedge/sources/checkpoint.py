@@ -104,6 +104,8 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     tokenizer: TokenizerSpec | None
     generation_config: dict[str, Any]
     origin: Origin
+    #: The licence that the model card or the GGUF metadata names, as an identifier.
+    license: str | None = None
     on_close: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def close(self) -> None:

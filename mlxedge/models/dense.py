@@ -1,0 +1,291 @@
+"""What llama, mistral, qwen2, qwen3 and their kind share: names, metadata, configs.
+
+GGUF keys are those of llama.cpp's conversion/base.py (``TextModel.set_gguf_parameters``) and
+conversion/llama.py, as vendored by llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlxedge import gguf_values as gv
+from mlxedge.errors import TokenizerError, UnsupportedModelError
+from mlxedge.models.rope import Rope, inverse_frequencies, rope_settings
+from mlxedge.models.spec import Config, ModelSpec, Name, RowOrder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_BLOCK = "model.layers.{i}."
+
+
+def names(
+    *, rope_rows: bool = False, qkv_bias: bool = False, o_bias: bool = False,
+    mlp_bias: bool = False, qk_norm: bool = False,
+) -> tuple[Name, ...]:  # fmt: skip
+    """The tensors of a dense decoder. ``rope_rows``: Q and K are interleaved in GGUF."""
+    q: RowOrder = "rope_q" if rope_rows else "same"
+    k: RowOrder = "rope_k" if rope_rows else "same"
+    table = [
+        Name("model.embed_tokens.weight", "token_embd.weight"),
+        Name("model.norm.weight", "output_norm.weight"),
+        Name("lm_head.weight", "output.weight"),
+        Name(_BLOCK + "input_layernorm.weight", "blk.{i}.attn_norm.weight"),
+        Name(_BLOCK + "post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight"),
+        Name(_BLOCK + "self_attn.q_proj.weight", "blk.{i}.attn_q.weight", q),
+        Name(_BLOCK + "self_attn.k_proj.weight", "blk.{i}.attn_k.weight", k),
+        Name(_BLOCK + "self_attn.v_proj.weight", "blk.{i}.attn_v.weight"),
+        Name(_BLOCK + "self_attn.o_proj.weight", "blk.{i}.attn_output.weight"),
+        Name(_BLOCK + "mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight"),
+        Name(_BLOCK + "mlp.up_proj.weight", "blk.{i}.ffn_up.weight"),
+        Name(_BLOCK + "mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
+    ]
+    if qkv_bias:
+        table += [
+            Name(_BLOCK + "self_attn.q_proj.bias", "blk.{i}.attn_q.bias", q),
+            Name(_BLOCK + "self_attn.k_proj.bias", "blk.{i}.attn_k.bias", k),
+            Name(_BLOCK + "self_attn.v_proj.bias", "blk.{i}.attn_v.bias"),
+        ]
+    if o_bias:
+        table.append(Name(_BLOCK + "self_attn.o_proj.bias", "blk.{i}.attn_output.bias"))
+    if mlp_bias:
+        table += [
+            Name(_BLOCK + f"mlp.{part}_proj.bias", f"blk.{{i}}.ffn_{part}.bias")
+            for part in ("gate", "up", "down")
+        ]
+    if qk_norm:
+        table += [
+            Name(_BLOCK + "self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
+            Name(_BLOCK + "self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
+        ]
+    return tuple(table)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The functions of a ``ModelSpec`` for one dense architecture.
+
+    ``fixed`` are config keys that every model of this type has (``attention_bias`` and the like);
+    ``freq_factors`` tells whether llama.cpp reads ``rope_freqs.weight`` for it; ``head_dim_free``
+    whether llama.cpp allows heads that do not add up to the hidden size.
+    """
+
+    model_type: str
+    architecture: str
+    arch: str
+    names: tuple[Name, ...]
+    fixed: Mapping[str, Any]
+    freq_factors: bool = False
+    head_dim_free: bool = True
+    check: Callable[[Config, str], list[str]] = lambda config, runtime: []
+
+    def spec(self) -> ModelSpec:
+        return ModelSpec(
+            model_type=self.model_type,
+            architecture=self.architecture,
+            gguf_arch=self.arch,
+            names=self.names,
+            gguf_metadata=self.gguf_metadata,
+            gguf_extra=self.gguf_extra,
+            config_from_gguf=self.config_from_gguf,
+            mlx_config=self.mlx_config,
+            objections=self.objections,
+        )
+
+    def gguf_metadata(self, config: Config) -> gv.Metadata:
+        head_dim = config["head_dim"]
+        rope = rope_settings(config)
+        values = {
+            "block_count": gv.u32(config["num_hidden_layers"]),
+            "context_length": gv.u32(config.get("max_position_embeddings", 2048)),
+            "embedding_length": gv.u32(config["hidden_size"]),
+            "feed_forward_length": gv.u32(config["intermediate_size"]),
+            "attention.head_count": gv.u32(config["num_attention_heads"]),
+            "attention.head_count_kv": gv.u32(config["num_key_value_heads"]),
+            "attention.key_length": gv.u32(head_dim),
+            "attention.value_length": gv.u32(head_dim),
+            "attention.layer_norm_rms_epsilon": gv.f32(config.get("rms_norm_eps", 1e-6)),
+            "vocab_size": gv.u32(config["vocab_size"]),
+            "rope.dimension_count": gv.u32(rope.dims(head_dim)),
+            "rope.freq_base": gv.f32(rope.theta),
+        }
+        return {f"{self.arch}.{k}": v for k, v in (values | _rope_scaling(rope)).items()}
+
+    def gguf_extra(self, config: Config) -> dict[str, np.ndarray]:
+        """``rope_freqs.weight`` f32 ``[head_dim / 2]`` for llama3 rope: plain over scaled."""
+        import numpy as np
+
+        rope = rope_settings(config)
+        if rope.type != "llama3":
+            return {}
+        plain = inverse_frequencies(Rope(theta=rope.theta), config["head_dim"])
+        scaled = inverse_frequencies(rope, config["head_dim"])
+        return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
+
+    def config_from_gguf(
+        self, metadata: Mapping[str, gv.GgufValue], extra: Mapping[str, np.ndarray]
+    ) -> Config:
+        def get(key: str, default: Any = None) -> Any:
+            found = metadata.get(f"{self.arch}.{key}")
+            return default if found is None else found.value
+
+        def need(key: str) -> int:
+            value = get(key)
+            if not isinstance(value, int) or value <= 0:
+                raise UnsupportedModelError(
+                    f"the GGUF metadata lacks a positive {self.arch}.{key}: the file is incomplete"
+                )
+            return value
+
+        heads = need("attention.head_count")
+        hidden = need("embedding_length")
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        vocab = get("vocab_size") or (len(tokens.value) if tokens else None)
+        if not vocab:
+            raise TokenizerError("the GGUF metadata says neither vocab_size nor the tokens")
+        rope: dict[str, Any] = {
+            "rope_type": "default",
+            "rope_theta": float(get("rope.freq_base", 10000.0)),
+        }
+        kind = get("rope.scaling.type")
+        if kind in ("linear", "yarn"):
+            rope |= {"rope_type": kind, "factor": float(get("rope.scaling.factor", 1.0))}
+        elif kind not in (None, "none"):
+            raise UnsupportedModelError(f"rope scaling {kind!r} of a GGUF file is not supported")
+        if kind == "yarn":
+            rope["original_max_position_embeddings"] = need("rope.scaling.original_context_length")
+            for key, gguf_key in _YARN.items():
+                if (value := get(gguf_key)) is not None:
+                    rope[key] = float(value)
+        config: Config = {
+            "model_type": self.model_type,
+            "architectures": [self.architecture],
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": need("feed_forward_length"),
+            "num_hidden_layers": need("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": get("attention.head_count_kv") or heads,
+            "head_dim": get("attention.key_length") or hidden // heads,
+            "max_position_embeddings": get("context_length", 2048),
+            "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon", 1e-6)),
+            "vocab_size": vocab,
+            **self.fixed,
+        }
+        if (factors := extra.get("rope_freqs.weight")) is not None:
+            rope |= llama3_from_factors(factors, rope["rope_theta"], config["head_dim"])
+        return config | _both_styles(rope)
+
+    def mlx_config(self, config: Config) -> Config:
+        """mlx-lm reads ``rope_theta`` and ``rope_scaling`` only (0.32.2), so both styles are
+        written; its defaults differ from transformers', so nothing is left to them."""
+        rope = rope_settings(config)
+        values: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
+        if rope.type != "default":
+            values["factor"] = rope.factor
+        if rope.type == "llama3":
+            values["low_freq_factor"] = rope.low_freq_factor
+            values["high_freq_factor"] = rope.high_freq_factor
+        if rope.type == "yarn":
+            values |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        if rope.type in ("llama3", "yarn"):
+            values["original_max_position_embeddings"] = rope.original_max_position
+        made = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")}
+        made |= {k: v for k, v in self.fixed.items() if k not in made}
+        # mlx-lm runs every layer of these types with full attention.
+        made.pop("layer_types", None)
+        return made | _both_styles(values)
+
+    def objections(self, config: Config, runtime: str) -> list[str]:
+        """Why llama.cpp ("gguf") or mlx-lm ("mlx") would compute something else."""
+        rope = rope_settings(config)
+        found = list(self.check(config, runtime))
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):
+            found.append(f"hidden_act {config['hidden_act']!r} is not silu")
+        if rope.fraction != 1.0:
+            found.append("partial rotary embeddings are not part of this architecture")
+        if runtime == "gguf":
+            if rope.type == "dynamic":
+                found.append("llama.cpp has no dynamic rope scaling")
+            if rope.type == "llama3" and not self.freq_factors:
+                found.append(f"llama.cpp reads no llama3 rope factors for {self.arch}")
+            full = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
+            if not full and not self.head_dim_free:
+                found.append(f"llama.cpp's {self.arch} needs heads that add up to the hidden size")
+        default = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+        if rope.type == "yarn" and not math.isclose(rope.attention_factor, default, rel_tol=1e-6):
+            found.append("the runtime cannot be told this yarn attention_factor")
+        return found
+
+
+_YARN = {
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+
+
+def _rope_scaling(rope: Rope) -> gv.Metadata:
+    if rope.type not in ("linear", "yarn"):
+        return {}
+    values = {
+        "rope.scaling.type": gv.string(rope.type),
+        "rope.scaling.factor": gv.f32(rope.factor),
+    }
+    if rope.type == "yarn":
+        values["rope.scaling.original_context_length"] = gv.u32(rope.original_max_position)
+        values["rope.scaling.yarn_beta_fast"] = gv.f32(rope.beta_fast)
+        values["rope.scaling.yarn_beta_slow"] = gv.f32(rope.beta_slow)
+    return values
+
+
+def _both_styles(rope: dict[str, Any]) -> Config:
+    """``rope_theta`` and ``rope_scaling`` for older readers, ``rope_parameters`` for newer."""
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": scaling if rope["rope_type"] != "default" else None,
+        "rope_parameters": rope,
+    }
+
+
+def _shortest(value: float) -> float:
+    """The decimal number that an f32 was made from: 9.999999747378752e-06 → 1e-05."""
+    return float(f"{value:.7g}")
+
+
+def llama3_from_factors(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
+    """The llama3 rope settings that give these frequency factors f32 ``[head_dim / 2]``.
+
+    Between the two wavelengths 1/factor is linear in the frequency, so two points of that stretch
+    tell them; only ratios matter, so ``low_freq_factor`` is taken as 1, as in every published model.
+    Raises UnsupportedModelError if the factors are not of this form.
+    """
+    import numpy as np
+
+    f = np.asarray(factors, dtype=np.float64)
+    plain = inverse_frequencies(Rope(theta=theta), head_dim)
+    if f.shape != plain.shape:
+        raise UnsupportedModelError(
+            f"rope_freqs.weight has {f.size} factors for {plain.size} pairs"
+        )
+    factor = float(f.max())
+    settings: dict[str, Any] = {"rope_type": "llama3", "factor": float(f"{factor:.6g}")}
+    candidates = [(8192.0, 4.0)]
+    inner = np.flatnonzero((f > 1.0) & (f < factor))
+    if inner.size >= 2:
+        keep = (1 / f[inner] - 1 / factor) / (1 - 1 / factor)
+        slope, offset = np.polyfit(plain[inner] / (2 * math.pi), keep, 1)
+        candidates.append((float(slope / -offset), float(1 + 1 / -offset)))
+    for original, high in candidates:
+        trial = settings | {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": float(f"{high:.4g}"),
+            "original_max_position_embeddings": round(original),
+        }
+        rope = rope_settings({"rope_parameters": trial | {"rope_theta": theta}})
+        if np.allclose(plain / inverse_frequencies(rope, head_dim), f, rtol=1e-3):
+            return trial
+    raise UnsupportedModelError("rope_freqs.weight holds factors that are not llama3's")

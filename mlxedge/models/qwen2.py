@@ -1,0 +1,12 @@
+"""qwen2: Qwen 1.5, 2 and 2.5; biases on q, k and v."""
+
+from mlxedge.models.dense import Dense, names
+
+SPEC = Dense(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    arch="qwen2",
+    names=names(qkv_bias=True),
+    fixed={"use_sliding_window": False},
+    head_dim_free=False,
+).spec()

@@ -1,0 +1,20 @@
+"""qwen3: dense Qwen 3; RMSNorm on each head of q and k, no biases."""
+
+from mlxedge.models.dense import Dense, names
+from mlxedge.models.spec import Config
+
+
+def _check(config: Config, runtime: str) -> list[str]:
+    if config.get("attention_bias"):
+        return ["attention biases are not part of this architecture in llama.cpp and mlx-lm"]
+    return []
+
+
+SPEC = Dense(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    arch="qwen3",
+    names=names(qk_norm=True),
+    fixed={"attention_bias": False, "use_sliding_window": False},
+    check=_check,
+).spec()

@@ -1,0 +1,143 @@
+"""Plan a GGUF file: names, recipe, metadata, offsets."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxedge import gguf_values as gv
+from mlxedge.errors import UnsupportedModelError
+from mlxedge.models.spec import ModelSpec
+from mlxedge.outputs.gguf_file import ALIGNMENT, header_bytes
+from mlxedge.plan import DataFile, OutputPlan, PlannedTensor, how_to_make, place_parts
+from mlxedge.recipes import llama_cpp
+from mlxedge.targets import Target
+
+if TYPE_CHECKING:
+    from mlxedge.sources.checkpoint import Checkpoint
+
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+
+
+def plan_gguf(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    config: dict[str, Any],
+    target: Target,
+    path: Path,
+    *,
+    pre: str | None = None,
+) -> OutputPlan:
+    """Plan one GGUF file.
+
+    ``pre`` names the pre-tokenizer by hand. Raises UnsupportedModelError for a tensor that
+    the architecture does not have in GGUF, TokenizerError if the tokenizer cannot be expressed.
+    """
+    from mlxedge.tokenizer import to_gguf
+
+    names: dict[str, tuple[str, Any]] = {}
+    for hf_name in checkpoint.tensors:
+        mapped = spec.to_gguf(hf_name)
+        if mapped is None:
+            raise UnsupportedModelError(
+                f"{hf_name}: {spec.model_type} has no such tensor in GGUF (architecture "
+                f"{spec.gguf_arch})"
+            )
+        names[hf_name] = mapped
+
+    extra = spec.gguf_extra(config)
+    shapes = [(names[n][0], t.shape) for n, t in checkpoint.tensors.items()]
+    choices = llama_cpp.choose(target.recipe, shapes, _shape(spec, config))
+
+    planned: list[PlannedTensor] = []
+    offset = 0
+    infos = []
+    constants = []
+    for name, values in extra.items():
+        data = values.astype("<f4").tobytes()
+        infos.append((name, values.shape, llama_cpp.F32, offset))
+        constants.append((offset, data))
+        offset += -(-len(data) // ALIGNMENT) * ALIGNMENT
+    for hf_name, source in checkpoint.tensors.items():
+        gguf_name, rows = names[hf_name]
+        choice = choices[gguf_name]
+        tensor = PlannedTensor(
+            source=hf_name,
+            name=gguf_name,
+            shape=source.shape,
+            encoding=choice.encoding,
+            how=how_to_make(source, choice.encoding, False),
+            rows=rows,
+            reason=choice.reason,
+        )
+        places, end = place_parts(tensor.encoding.parts(tensor.shape).values(), offset, 0, 1)
+        infos.append((gguf_name, source.shape, choice.encoding, offset))
+        planned.append(replace(tensor, places={"weight": places[0]}))
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+
+    metadata = _general(checkpoint, spec, target, sum(t.size for t in checkpoint.tensors.values()))
+    metadata |= spec.gguf_metadata(config)
+    metadata["general.file_type"] = gv.u32(llama_cpp.file_type(target.recipe))
+    metadata["general.quantization_version"] = gv.u32(_QUANTIZATION_VERSION)
+    if checkpoint.tokenizer is not None:
+        metadata |= to_gguf(checkpoint.tokenizer, config, pre=pre)
+    header = header_bytes(metadata, infos)
+    shifted = [
+        replace(
+            t,
+            places={k: replace(p, offset=p.offset + len(header)) for k, p in t.places.items()},
+        )
+        for t in planned
+    ]
+    data = DataFile(
+        path.name,
+        header,
+        len(header) + offset,
+        tuple((len(header) + at, chunk) for at, chunk in constants),
+    )
+    plan = OutputPlan(target, path, target.recipe.upper(), shifted, [data], {})
+    if checkpoint.tokenizer is None:
+        plan.notes.append("the source has no tokenizer: llama.cpp can load but not tokenize")
+    return plan
+
+
+def _shape(spec: ModelSpec, config: dict[str, Any]) -> llama_cpp.Shape:
+    layers = config["num_hidden_layers"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    many = layers == 80 and (spec.gguf_arch == "qwen2" or heads != kv_heads)
+    return llama_cpp.Shape(
+        layers=layers,
+        gqa=heads // kv_heads,
+        experts=config.get("num_local_experts", 0) or 0,
+        is_70b=many and spec.gguf_arch in ("llama", "qwen2", "deci", "olmo"),
+    )
+
+
+def _general(
+    checkpoint: Checkpoint, spec: ModelSpec, target: Target, parameters: int
+) -> gv.Metadata:
+    """The ``general.`` keys (gguf specification, "Standardized key-value pairs")."""
+    metadata: gv.Metadata = {
+        "general.architecture": gv.string(spec.gguf_arch),
+        "general.type": gv.string("model"),
+        "general.name": gv.string(re.sub(r"[-_]+", " ", checkpoint.name).strip()),
+        "general.size_label": gv.string(_size_label(parameters)),
+    }
+    if license_id := checkpoint.license:
+        metadata["general.license"] = gv.string(license_id)
+    if checkpoint.origin.repo:
+        url = f"https://huggingface.co/{checkpoint.origin.repo}"
+        metadata["general.source.huggingface.repository"] = gv.string(checkpoint.origin.repo)
+        metadata["general.source.repo_url"] = gv.string(url)
+    return metadata
+
+
+def _size_label(parameters: int) -> str:
+    """1.1B, 135M, 900K: the naming convention of the GGUF specification."""
+    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= scale:
+            size = parameters / scale
+            return f"{size:.0f}{letter}" if size >= 10 else f"{size:.1f}{letter}"
+    return str(parameters)

@@ -1,0 +1,244 @@
+"""Write under a temporary name, resume after a kill, rename last.
+
+Beside an output ``NAME`` stands ``.NAME.partial/`` while it is made: the data files at their full
+size, ``journal.jsonl`` with a line for each finished tensor, and a lock. A killed run leaves the
+folder; the next run with the same plan goes on from the journal, one with another plan starts
+clean. Nothing appears under the final name before it is complete and synced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.errors import DiskFullError, OutputError, OutputExistsError
+
+if TYPE_CHECKING:
+    from mlxedge.plan import OutputPlan
+
+_JOURNAL = "journal.jsonl"
+_SYNC_BYTES = 256 << 20
+
+
+def partial_dir(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Refuse an existing target unless ``force``, and a parent that cannot be written."""
+    if path.exists() and not force:
+        raise OutputExistsError(f"{path} exists: choose another -o, or replace it with --force")
+    parent = path.parent
+    probe = parent
+    while not probe.exists():
+        probe = probe.parent
+    if not probe.is_dir():
+        raise OutputError(f"{probe} is a file, so {path} cannot be created: choose another -o")
+    if not os.access(probe, os.W_OK):
+        raise OutputError(f"{probe} is not writable: choose another -o")
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors into ours."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"{path}: the disk is full; free some space and run the same command again: "
+                "finished tensors are kept"
+            ) from error
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"{path}: cannot write: {reason}; check the folder or change -o"
+        ) from error
+
+
+class Staging:
+    """The half-written state of one output."""
+
+    def __init__(self, plan: OutputPlan, fingerprint: str) -> None:
+        from filelock import FileLock, Timeout
+
+        self.plan = plan
+        self.dir = partial_dir(plan.path)
+        #: Finished tensors from an earlier run, by name: what their journal line says.
+        self.done: dict[str, dict[str, Any]] = {}
+        self._files: list[int] = []
+        self._unsynced = 0
+        self._guard = threading.Lock()
+        self._pending: list[dict[str, Any]] = []
+        with os_errors(plan.path):
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.dir / "lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise OutputError(
+                    f"{plan.path} is being written by another run: wait for it, or change -o"
+                ) from error
+            try:
+                self._open(fingerprint)
+            except BaseException:
+                self.release()
+                raise
+
+    def _open(self, fingerprint: str) -> None:
+        journal = self.dir / _JOURNAL
+        lines = _read_journal(journal)
+        head = {"fingerprint": fingerprint}
+        if lines[:1] == [head]:
+            self.done = {line["tensor"]: line for line in lines[1:] if "tensor" in line}
+        else:
+            for stale in self.dir.iterdir():
+                if stale.name != "lock":
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        self.data_dir.mkdir(exist_ok=True)
+        # Written anew, because a kill may have cut the last line short.
+        text = "".join(json.dumps(line) + "\n" for line in (head, *self.done.values()))
+        journal.write_text(text, encoding="utf-8")
+        for file in self.plan.data:
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            fd = os.open(self.data_dir / file.name, flags, 0o644)
+            self._files.append(fd)
+            _reserve(fd, file.size)
+            write_at(fd, file.header, 0)
+            for offset, data in file.constants:
+                write_at(fd, data, offset)
+        self._journal = journal.open("a", encoding="utf-8")
+
+    @property
+    def data_dir(self) -> Path:
+        return self.dir / "data"
+
+    @property
+    def resumed(self) -> bool:
+        return bool(self.done)
+
+    def write(self, file: int, offset: int, data: memoryview | bytes) -> None:
+        """Write at a place; safe from several threads."""
+        with os_errors(self.plan.path):
+            write_at(self._files[file], data, offset)
+
+    def finish_tensor(self, line: dict[str, Any], nbytes: int) -> None:
+        """Note a tensor as done; on disk once the data before it is."""
+        with self._guard, os_errors(self.plan.path):
+            self._pending.append(line)
+            self._unsynced += nbytes
+            if self._unsynced >= _SYNC_BYTES:
+                self._sync()
+
+    def _sync(self) -> None:
+        for fd in self._files:
+            os.fsync(fd)
+        self._journal.writelines(json.dumps(line) + "\n" for line in self._pending)
+        self._journal.flush()
+        self._pending.clear()
+        self._unsynced = 0
+
+    def publish(self, force: bool) -> None:
+        """Sync everything and give it its final name."""
+        path = self.plan.path
+        with os_errors(path):
+            with self._guard:
+                self._sync()
+            self._close_files()
+            for name, data in self.plan.files.items():
+                target = self.data_dir / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+                _sync_path(target)
+            _sync_path(self.data_dir)
+            made = self.data_dir
+            if not self.plan.target.is_folder:
+                made = self.data_dir / self.plan.data[0].name
+            if path.exists():
+                if not force:
+                    raise OutputExistsError(f"{path} appeared meanwhile: it was not replaced")
+                if path.is_dir() or self.plan.target.is_folder:
+                    path.rename(self.dir / "replaced")
+            made.replace(path)
+            _sync_path(path.parent)
+            self.release()
+            shutil.rmtree(self.dir, ignore_errors=True)
+
+    def keep(self) -> None:
+        """Stop without publishing; what is done stays for the next run."""
+        with self._guard, contextlib.suppress(OSError):
+            self._sync()
+        self.release()
+
+    def _close_files(self) -> None:
+        for fd in self._files:
+            os.close(fd)
+        self._files = []
+
+    def release(self) -> None:
+        self._close_files()
+        if journal := getattr(self, "_journal", None):
+            with contextlib.suppress(OSError):
+                journal.close()
+        self._lock.release()
+
+
+def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """``pwrite`` until everything is written."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = _pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+if hasattr(os, "pwrite"):
+    _pwrite = os.pwrite
+else:
+    _seek_guard = threading.Lock()
+
+    def _pwrite(fd: int, data: memoryview, offset: int) -> int:
+        with _seek_guard:
+            os.lseek(fd, offset, os.SEEK_SET)
+            return os.write(fd, data)
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Take the whole space at once, so that a full disk shows before the work and not after it."""
+    os.ftruncate(fd, size)
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
+def _sync_path(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a journal; a last line cut off by a kill is dropped."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return [line for line in lines if isinstance(line, dict)]

@@ -1,0 +1,162 @@
+"""What will be written, known before a byte of it is.
+
+A plan names every tensor of every output with its encoding, its place in a file and the reason
+where it keeps another type than the rest. It can be shown, checked against the disk, and written in
+any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlxedge.encodings import Encoding, Part
+from mlxedge.models.spec import RowOrder
+from mlxedge.targets import Target
+
+if TYPE_CHECKING:
+    from mlxedge.sources.checkpoint import SourceTensor
+
+#: "copy": the stored bytes as they are; "transcode": other bytes, the same weights; "encode".
+How = Literal["copy", "transcode", "encode"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one part of a tensor goes: bytes ``offset : offset + part.nbytes`` of a file."""
+
+    file: int
+    offset: int
+    part: Part
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of one output. ``source`` is the canonical name that it is made from."""
+
+    source: str
+    name: str
+    shape: tuple[int, ...]
+    encoding: Encoding
+    how: How
+    rows: RowOrder = "same"
+    reason: str | None = None
+    places: dict[str, Place] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return self.encoding.nbytes(self.shape)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of tensors: its header, its final size, and small tensors known in advance."""
+
+    name: str
+    header: bytes
+    size: int
+    constants: tuple[tuple[int, bytes], ...] = ()
+
+
+@dataclass
+class OutputPlan:
+    """One output.
+
+    ``path`` is final. A folder's ``data`` files and small ``files`` (config.json, …) stand inside
+    it; for a GGUF file there is one data file and nothing else. ``label`` is the type of most
+    weights, ``notes`` what the user should know.
+    """
+
+    target: Target
+    path: Path
+    label: str
+    tensors: list[PlannedTensor]
+    data: list[DataFile]
+    files: dict[str, bytes]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.size for f in self.data) + sum(len(b) for b in self.files.values())
+
+    @property
+    def weights(self) -> int:
+        return sum(_size(t.shape) for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of tensor data per weight, unquantized tensors included."""
+        return 8 * sum(t.nbytes for t in self.tensors) / max(1, self.weights)
+
+    def exceptions(self) -> dict[tuple[str, str], list[PlannedTensor]]:
+        """Tensors that have a reason to differ, by (encoding, reason)."""
+        found: dict[tuple[str, str], list[PlannedTensor]] = {}
+        for tensor in self.tensors:
+            if tensor.reason:
+                found.setdefault((tensor.encoding.name, tensor.reason), []).append(tensor)
+        return found
+
+
+@dataclass
+class Plan:
+    """Everything a conversion will do. ``source`` describes the source for the reader."""
+
+    name: str
+    source: dict[str, Any]
+    outputs: list[OutputPlan]
+    largest_tensor: int
+    chunk_weights: int
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(o.nbytes for o in self.outputs)
+
+    def memory_bytes(self, threads: int) -> int:
+        """An upper estimate of what the conversion holds at once, beyond the interpreter: for each
+        thread a chunk as read, as f32, and as encoded and decoded for the largest target."""
+        return 200 * 2**20 + threads * self.chunk_weights * (4 + 4 + 4 + 4)
+
+    def fingerprint(self, output: OutputPlan, backend: str) -> str:
+        """Tells whether a half-written output belongs to this plan."""
+        text = json.dumps(
+            [
+                self.source,
+                output.target.spec,
+                backend,
+                [(f.name, hashlib.sha256(f.header).hexdigest(), f.size) for f in output.data],
+                [(t.name, t.encoding.name, t.how) for t in output.tensors],
+            ],
+            sort_keys=True,
+            default=str,
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def place_parts(
+    tensor_parts: Iterable[Part], start: int, file: int, align: int
+) -> tuple[list[Place], int]:
+    """Consecutive places for ``tensor_parts`` from ``start``, each aligned; also the end."""
+    places = []
+    for part in tensor_parts:
+        start = -(-start // align) * align
+        places.append(Place(file, start, part))
+        start += part.nbytes
+    return places, start
+
+
+def how_to_make(source: SourceTensor, encoding: Encoding, can_transcode: bool) -> How:
+    """Prefer the stored bytes, then the stored codes, then a new encoding."""
+    if source.encoding == encoding:
+        return "copy"
+    return "transcode" if can_transcode else "encode"
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
