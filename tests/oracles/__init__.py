@@ -1,0 +1,1 @@
+"""The real programs that our files and numbers are held against."""
