@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-#: Bytes per element of the dtypes that parts are made of.
+#: Bytes per element of the dtypes that parts are made of; the last rows are only ever listed.
 ITEM_SIZE = {
     "f32": 4,
     "f16": 2,
@@ -17,6 +17,16 @@ ITEM_SIZE = {
     "i16": 2,
     "i32": 4,
     "f64": 8,
+    "bool": 1,
+    "u16": 2,
+    "i64": 8,
+    "u64": 8,
+    "c64": 8,
+    "f8_e4m3": 1,
+    "f8_e5m2": 1,
+    "f8_e8m0": 1,
+    "f8_e4m3fnuz": 1,
+    "f8_e5m2fnuz": 1,
 }
 
 

@@ -106,6 +106,8 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     origin: Origin
     #: The licence that the model card or the GGUF metadata names, as an identifier.
     license: str | None = None
+    #: The Hub id that a model card or the GGUF metadata names as the base.
+    base_model: str | None = None
     on_close: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def close(self) -> None:

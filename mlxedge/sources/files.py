@@ -1,0 +1,94 @@
+"""Reading at an offset, from several threads, without mapping files into memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxedge.errors import (
+    AccessDeniedError,
+    CorruptFileError,
+    SourceError,
+    SourceNotFoundError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_HAS_PREADV = hasattr(os, "preadv")
+
+
+class RandomAccessFile:
+    """A file open for reading at any offset; safe to share between threads.
+
+    Pages of a memory map would count as the process's own memory, so it reads into buffers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb", buffering=0)
+        except PermissionError as error:
+            raise AccessDeniedError(f"{path}: no permission to read it") from error
+        except OSError as error:
+            raise SourceNotFoundError(f"{path}: {error.strerror or error}") from error
+        self._lock = threading.Lock()
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset``; raises CorruptFileError if the file ends before."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = self._read_some(buffer[done:], offset + done)
+            except OSError as error:
+                raise SourceError(f"{self.path}: cannot read: {error.strerror or error}") from error
+            if count == 0:
+                raise CorruptFileError(
+                    self.path, f"the file ends {len(buffer) - done} bytes early", offset + done
+                )
+            done += count
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        if _HAS_PREADV:
+            return os.preadv(self._file.fileno(), [buffer], offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(buffer) or 0
+
+    def read(self, size: int, offset: int) -> bytes:
+        buffer = bytearray(size)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_rows(self, offset: int, row_bytes: int, start: int, stop: int) -> np.ndarray:
+        """Rows ``start:stop`` of an array at ``offset`` as fresh u8 ``[stop - start, row_bytes]``."""
+        import numpy as np
+
+        out = np.empty((stop - start, row_bytes), np.uint8)
+        self.read_into(memoryview(out.reshape(-1)), offset + start * row_bytes)
+        return out
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def check_rows(name: str, rows: int, start: int, stop: int) -> None:
+    """Raise UsageError unless ``start:stop`` lies within ``rows``."""
+    if not 0 <= start <= stop <= rows:
+        raise UsageError(f"tensor {name}: rows {start}:{stop} are outside its {rows} rows")
+
+
+def numpy_dtype(dtype: str) -> np.dtype:
+    """The little-endian NumPy dtype of a part dtype such as "bf16"."""
+    import ml_dtypes
+    import numpy as np
+
+    if dtype == "bf16":
+        return np.dtype(ml_dtypes.bfloat16)
+    if dtype == "bool":
+        return np.dtype(np.bool_)
+    return np.dtype(f"<{dtype[0]}{int(dtype[1:]) // 8}")
