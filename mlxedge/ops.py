@@ -29,6 +29,8 @@ class Ops(Protocol):
     """Encode and decode blocks. Both backends give the same bytes, which ``fallback`` defines."""
 
     name: str
+    #: Whether several threads may call at once.
+    parallel: bool
 
     def encode(self, weights: np.ndarray, encoding: Encoding) -> Parts:
         """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16) row by row.
@@ -39,6 +41,19 @@ class Ops(Protocol):
 
     def decode(self, parts: Parts, encoding: Encoding) -> np.ndarray:
         """Decode to f32 ``[rows, cols]``."""
+
+
+class ReferenceOps(Ops, Protocol):
+    """The fallback, which also does what needs no speed and must be exact."""
+
+    def can_transcode(self, source: Encoding, target: Encoding) -> bool:
+        """Whether the codes of ``source`` can be kept in ``target``."""
+
+    def transcode(self, parts: Parts, source: Encoding, target: Encoding) -> Parts:
+        """The same weights in ``target``; decoding gives bit-equal f32 values."""
+
+    def first_nonfinite(self, weights: np.ndarray) -> int | None:
+        """The flat index of the first NaN or infinity in f32, f16 or bf16 ``weights``."""
 
 
 def default_backend() -> str:
@@ -60,4 +75,10 @@ def load_ops(name: str | None = None) -> Ops:
         )
     module = importlib.import_module(BACKENDS[name])
     ops: Ops = module.OPS
+    return ops
+
+
+def load_reference() -> ReferenceOps:
+    """The fallback, whatever backend computes."""
+    ops: ReferenceOps = importlib.import_module(BACKENDS["numpy"]).OPS
     return ops

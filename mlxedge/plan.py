@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: "copy": the stored bytes as they are; "transcode": other bytes, the same weights; "encode".
 How = Literal["copy", "transcode", "encode"]
+#: Whether the codes of one encoding can be kept in another.
+CanTranscode = Callable[[Encoding, Encoding], bool]
 
 
 @dataclass(frozen=True)

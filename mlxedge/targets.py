@@ -43,7 +43,7 @@ class Target:
         return self.format != "gguf"
 
     def default_name(self, model: str) -> str:
-        """The file or folder name inside a parent folder: ``NAME-Q4_K_M.gguf``, ``NAME-mlx-4bit``."""
+        """The name inside a parent folder: ``NAME-Q4_K_M.gguf``, ``NAME-mlx-4bit``."""
         if self.format == "gguf":
             return f"{model}-{self.recipe.upper()}.gguf"
         return f"{model}-{self.format}-{self.recipe}"

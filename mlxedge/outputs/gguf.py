@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxedge import gguf_values as gv
+from mlxedge.encodings import F32, Encoding
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.spec import ModelSpec
 from mlxedge.outputs.gguf_file import ALIGNMENT, header_bytes
@@ -53,13 +54,13 @@ def plan_gguf(
 
     planned: list[PlannedTensor] = []
     offset = 0
-    infos = []
-    constants = []
+    infos: list[tuple[str, tuple[int, ...], Encoding, int]] = []
+    constants: list[tuple[int, bytes]] = []
     for name, values in extra.items():
-        data = values.astype("<f4").tobytes()
-        infos.append((name, values.shape, llama_cpp.F32, offset))
-        constants.append((offset, data))
-        offset += -(-len(data) // ALIGNMENT) * ALIGNMENT
+        raw = values.astype("<f4").tobytes()
+        infos.append((name, values.shape, F32, offset))
+        constants.append((offset, raw))
+        offset += -(-len(raw) // ALIGNMENT) * ALIGNMENT
     for hf_name, source in checkpoint.tensors.items():
         gguf_name, rows = names[hf_name]
         choice = choices[gguf_name]

@@ -72,8 +72,9 @@ class Staging:
 
         self.plan = plan
         self.dir = partial_dir(plan.path)
-        #: Finished tensors from an earlier run, by name: what their journal line says.
+        #: Finished tensors by name, those of an earlier run included: their journal lines.
         self.done: dict[str, dict[str, Any]] = {}
+        self.resumed_tensors = 0
         self._files: list[int] = []
         self._unsynced = 0
         self._guard = threading.Lock()
@@ -99,6 +100,7 @@ class Staging:
         head = {"fingerprint": fingerprint}
         if lines[:1] == [head]:
             self.done = {line["tensor"]: line for line in lines[1:] if "tensor" in line}
+            self.resumed_tensors = len(self.done)
         else:
             for stale in self.dir.iterdir():
                 if stale.name != "lock":
@@ -121,10 +123,6 @@ class Staging:
     def data_dir(self) -> Path:
         return self.dir / "data"
 
-    @property
-    def resumed(self) -> bool:
-        return bool(self.done)
-
     def write(self, file: int, offset: int, data: memoryview | bytes) -> None:
         """Write at a place; safe from several threads."""
         with os_errors(self.plan.path):
@@ -134,6 +132,7 @@ class Staging:
         """Note a tensor as done; on disk once the data before it is."""
         with self._guard, os_errors(self.plan.path):
             self._pending.append(line)
+            self.done[line["tensor"]] = line
             self._unsynced += nbytes
             if self._unsynced >= _SYNC_BYTES:
                 self._sync()
@@ -199,15 +198,15 @@ def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-if hasattr(os, "pwrite"):
-    _pwrite = os.pwrite
-else:
-    _seek_guard = threading.Lock()
+_seek_guard = threading.Lock()
 
-    def _pwrite(fd: int, data: memoryview, offset: int) -> int:
-        with _seek_guard:
-            os.lseek(fd, offset, os.SEEK_SET)
-            return os.write(fd, data)
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, offset)
+    with _seek_guard:  # Windows
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
 
 
 def _reserve(fd: int, size: int) -> None:

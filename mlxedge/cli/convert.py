@@ -1,0 +1,206 @@
+"""``mlxedge convert``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlxedge.targets import known_targets, parse_target
+
+if TYPE_CHECKING:
+    from mlxedge.pipeline import ProgressHook, Report
+    from mlxedge.plan import OutputPlan, Plan
+
+_EPILOG = "Targets: " + " ".join(known_targets()) + "; MLX groups of 32 or 128: mlx:4bit-g32."
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("source")
+@click.option(
+    "--to", "to", multiple=True, required=True, metavar="FORMAT:RECIPE",
+    help="What to write; may be given several times. The source is read once for all.",
+)  # fmt: skip
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True,
+    help="With one --to the .gguf file or the folder to write, else (or if it is an existing "
+    "folder) the folder to write into.",
+)  # fmt: skip
+@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]),
+              help="Type of MLX scales and unquantized MLX tensors.  [default: the source's]")  # fmt: skip
+@click.option("--pre", help="Name of the GGUF pre-tokenizer, where it is not recognised.")
+@click.option("--backend", type=click.Choice(["numpy", "mlx"]),
+              help="What computes.  [default: mlx on Apple silicon, else numpy]")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), help="[default: all processors]")
+@click.option("--force", is_flag=True, help="Replace outputs that exist.")
+@click.option("--allow-nan", is_flag=True, help="Convert weights that are NaN or infinite too.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print plan and result as JSON.")
+def command(
+    source: str,
+    to: tuple[str, ...],
+    out: Path,
+    revision: str | None,
+    dtype: str | None,
+    pre: str | None,
+    backend: str | None,
+    threads: int | None,
+    force: bool,
+    allow_nan: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Convert SOURCE to MLX and GGUF.
+
+    SOURCE is a Hub id (org/name, or org/name@revision), a Hugging Face or MLX folder, or a GGUF
+    file. The plan is shown first; nothing appears under its final name before it is complete, and
+    a run that was interrupted goes on where it stopped when it is started again.
+    """
+    from mlxedge.cli import ui
+    from mlxedge.convert import plan_conversion
+    from mlxedge.pipeline import run_plan, worker_count
+    from mlxedge.sources import open_source
+
+    targets = [parse_target(t) for t in to]
+    with contextlib.ExitStack() as stack:
+        downloads = stack.enter_context(ui.file_progress())
+        opened = stack.enter_context(
+            open_source(source, revision=revision, progress=downloads, warn=ui.warn)
+        )
+        plan, checkpoint = plan_conversion(
+            opened, targets, out, backend=backend, dtype=dtype, force=force, pre=pre
+        )
+        workers = worker_count(threads)
+        if not as_json:
+            _show_plan(plan, workers)
+        if dry_run:
+            if as_json:
+                ui.print_json({"plan": plan_json(plan, workers)})
+            return
+        with _progress("converting") as progress:
+            report = run_plan(
+                plan,
+                checkpoint,
+                backend=backend,
+                force=force,
+                allow_nan=allow_nan,
+                threads=threads,
+                progress=progress,
+            )
+    if as_json:
+        ui.print_json({"plan": plan_json(plan, workers), "result": report_json(report)})
+    else:
+        show_report(report)
+    for name in report.nonfinite:
+        ui.warn(f"{name} holds NaN or infinite weights")
+
+
+def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
+    """The plan for programs."""
+    return {
+        "name": plan.name,
+        "source": plan.source,
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes": plan.memory_bytes(threads),
+        "outputs": [
+            {
+                "target": o.target.spec,
+                "path": str(o.path),
+                "bytes": o.nbytes,
+                "bits_per_weight": round(o.bits_per_weight, 4),
+                "weights": o.weights,
+                "exceptions": [
+                    {"encoding": encoding, "reason": reason, "tensors": [t.name for t in tensors]}
+                    for (encoding, reason), tensors in o.exceptions().items()
+                ],
+                "notes": o.notes,
+            }
+            for o in plan.outputs
+        ],
+    }
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """The result for programs."""
+    return {
+        "backend": report.backend,
+        "threads": report.threads,
+        "seconds": round(report.seconds, 3),
+        "nonfinite_tensors": report.nonfinite,
+        "outputs": [
+            {
+                "target": r.plan.target.spec,
+                "path": str(r.plan.path),
+                "record": str(r.record),
+                "bytes": r.plan.nbytes,
+                "bits_per_weight": round(r.plan.bits_per_weight, 4),
+                "relative_error": r.error,
+                "seconds": round(r.seconds, 3),
+                "resumed_tensors": r.resumed,
+            }
+            for r in report.outputs
+        ],
+    }
+
+
+def _show_plan(plan: Plan, threads: int) -> None:
+    from mlxedge.cli import ui
+
+    click.echo(f"{plan.name} ({plan.source['kind']}, {plan.source['path']})")
+    ui.table(
+        ["output", "size", "bits/weight", "tensors"],
+        [
+            [str(o.path), ui.size(o.nbytes), f"{o.bits_per_weight:.2f}", _mix(o)]
+            for o in plan.outputs
+        ],
+    )
+    for output in plan.outputs:
+        for (encoding, reason), tensors in output.exceptions().items():
+            names = tensors[0].name if len(tensors) == 1 else f"{len(tensors)} tensors"
+            click.echo(f"  {output.target.spec}: {names} as {encoding}: {reason}")
+        for note in output.notes:
+            ui.warn(f"{output.target.spec}: {note}")
+    click.echo(
+        f"needs {ui.size(plan.disk_bytes)} of disk and about "
+        f"{ui.size(plan.memory_bytes(threads))} of memory"
+    )
+
+
+def _mix(output: OutputPlan) -> str:
+    counts: dict[str, int] = {}
+    for tensor in output.tensors:
+        counts[tensor.encoding.name] = counts.get(tensor.encoding.name, 0) + 1
+    return ", ".join(f"{n} {name}" for name, n in sorted(counts.items(), key=lambda i: -i[1]))
+
+
+def show_report(report: Report) -> None:
+    """The closing table."""
+    from mlxedge.cli import ui
+
+    rows = [
+        [
+            str(r.plan.path),
+            ui.size(r.plan.nbytes),
+            f"{r.plan.bits_per_weight:.2f}",
+            f"{100 * r.error:.3g} %" if r.error else "exact",
+            f"{r.seconds:.1f}",
+        ]
+        for r in report.outputs
+    ]
+    ui.table(["written", "size", "bits/weight", "error", "seconds"], rows)
+    resumed = sum(r.resumed for r in report.outputs)
+    tail = f", {resumed} tensors kept from an interrupted run" if resumed else ""
+    click.echo(f"{report.seconds:.1f} s in all on {report.backend}, {report.threads} threads{tail}")
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[ProgressHook]:
+    from mlxedge.cli import ui
+
+    with ui.progress(what, unit="weights") as update:
+        advance: Callable[[int, int, str], None] = update
+        yield advance

@@ -1,0 +1,209 @@
+"""The main job: one read of the source, every output.
+
+``convert`` opens the source, plans, and runs the plan; ``plan_conversion`` and ``run_plan`` are the
+two halves for callers that show the plan first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.errors import DiskFullError, UnsupportedModelError, UsageError
+from mlxedge.models import normalise, spec_for
+from mlxedge.outputs.gguf import plan_gguf
+from mlxedge.outputs.hf_dir import plan_hf
+from mlxedge.outputs.mlx_dir import plan_mlx
+from mlxedge.outputs.staging import check_target, partial_dir
+from mlxedge.plan import OutputPlan, Plan
+from mlxedge.targets import Target, parse_target
+
+if TYPE_CHECKING:
+    from mlxedge.models.spec import ModelSpec
+    from mlxedge.pipeline import ProgressHook, Report
+    from mlxedge.sources.checkpoint import Checkpoint
+
+#: Weights handled at once by a thread; bounds memory (4 bytes each, a few copies).
+CHUNK_WEIGHTS = {"numpy": 1 << 20, "mlx": 1 << 24}
+_CONFIG_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def convert(
+    source: str | Path | Checkpoint,
+    to: str | Sequence[str],
+    out: str | Path,
+    *,
+    backend: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    allow_nan: bool = False,
+    threads: int | None = None,
+    pre: str | None = None,
+    progress: ProgressHook | None = None,
+) -> Report:
+    """Convert ``source`` to every target in ``to``.
+
+    ``source`` is a Hub id (``org/name`` or ``org/name@revision``), a Hugging Face or MLX folder, a
+    GGUF file, or an open Checkpoint. ``to`` are targets such as "mlx:4bit" and "gguf:q4_k_m"
+    (``mlxedge.targets``). ``out`` is the file or folder to write for a single target, else the
+    parent. ``dtype`` ("f32", "f16", "bf16") is that of MLX scales and unquantized MLX tensors, by
+    default the source's. ``pre`` names the GGUF pre-tokenizer where it is not known.
+
+    Raises MlxedgeError and its kind; nothing is left at a final path unless it is complete.
+    """
+    from mlxedge.pipeline import run_plan
+    from mlxedge.sources import open_source
+
+    targets = [parse_target(t) for t in ([to] if isinstance(to, str) else to)]
+    with contextlib.ExitStack() as stack:
+        opened = source
+        if isinstance(opened, (str, Path)):
+            opened = stack.enter_context(open_source(opened))
+        plan, checkpoint = plan_conversion(
+            opened, targets, Path(out), backend=backend, dtype=dtype, force=force, pre=pre
+        )
+        return run_plan(
+            plan,
+            checkpoint,
+            backend=backend,
+            force=force,
+            allow_nan=allow_nan,
+            threads=threads,
+            progress=progress,
+        )
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    out: Path,
+    *,
+    backend: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    pre: str | None = None,
+) -> tuple[Plan, Checkpoint]:
+    """Plan without writing anything.
+
+    Returns the plan and the checkpoint that it reads: the given one without the tensors that carry
+    nothing (buffers, the second copy of a tied head). Raises UnsupportedModelError where the
+    runtime of a target cannot compute this model, OutputExistsError, DiskFullError.
+    """
+    from mlxedge.ops import default_backend, load_reference
+
+    if not targets:
+        raise UsageError("no target: name at least one, for example --to mlx:4bit")
+    repeated = {t.spec for t in targets if targets.count(t) > 1}
+    if repeated:
+        raise UsageError(f"target given twice: {', '.join(sorted(repeated))}")
+    spec = spec_for(checkpoint.config)
+    config = normalise(checkpoint.config, checkpoint.tensors)
+    checkpoint = _without_ballast(checkpoint, spec, config)
+    for target in targets:
+        if target.format != "hf" and (why := spec.objections(config, target.format)):
+            raise UnsupportedModelError(f"{target.spec}: {'; '.join(why)}")
+
+    paths = _paths(checkpoint.name, targets, out)
+    for path in paths:
+        check_target(path, force)
+    dtype = dtype or source_dtype(checkpoint)
+    transcodes = load_reference().can_transcode
+    outputs: list[OutputPlan] = []
+    for target, path in zip(targets, paths, strict=True):
+        if target.format == "gguf":
+            outputs.append(plan_gguf(checkpoint, spec, config, target, path, pre=pre))
+        elif target.format == "mlx":
+            outputs.append(
+                plan_mlx(
+                    checkpoint, spec, config, target, path, dtype=dtype, can_transcode=transcodes
+                )
+            )
+        else:
+            outputs.append(plan_hf(checkpoint, spec, config, target, path))
+    plan = Plan(
+        name=checkpoint.name,
+        source=describe_source(checkpoint),
+        outputs=outputs,
+        largest_tensor=max(t.nbytes for t in checkpoint.tensors.values()),
+        chunk_weights=CHUNK_WEIGHTS[backend or default_backend()],
+    )
+    _check_disk(plan)
+    return plan, checkpoint
+
+
+def source_dtype(checkpoint: Checkpoint) -> str:
+    """ "f32", "f16" or "bf16": what config.json says, else what most plain tensors are."""
+    for key in ("dtype", "torch_dtype"):
+        if (named := _CONFIG_DTYPE.get(str(checkpoint.config.get(key)))) is not None:
+            return named
+    sizes: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.encoding.family == "plain":
+            name = tensor.encoding.name
+            sizes[name] = sizes.get(name, 0) + tensor.size
+    return max(sizes, key=lambda name: sizes[name], default="bf16")
+
+
+def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What identifies a source: its kind and place, and size and time of each weight file."""
+    origin = checkpoint.origin
+    files = []
+    for path in origin.files:
+        stat = path.stat()
+        files.append({"name": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns})
+    described: dict[str, Any] = {"kind": origin.kind, "path": str(origin.path), "files": files}
+    if origin.repo:
+        described |= {"repo": origin.repo, "revision": origin.revision}
+    return described
+
+
+def _without_ballast(checkpoint: Checkpoint, spec: ModelSpec, config: dict[str, Any]) -> Checkpoint:
+    from mlxedge.sources.checkpoint import Tensors
+
+    kept = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not spec.is_ignored(name)
+        and not (config["tie_word_embeddings"] and name == "lm_head.weight")
+    }
+    if not kept:
+        raise UnsupportedModelError(f"{checkpoint.origin.path} holds no weights")
+    return replace(checkpoint, config=config, tensors=Tensors(kept))
+
+
+def _paths(name: str, targets: Sequence[Target], out: Path) -> list[Path]:
+    """With one target, ``out`` is the output itself unless it is an existing folder to write into
+    (or ends with a separator); with several it is the parent."""
+    if len(targets) == 1 and not _is_parent(targets[0], out):
+        return [out]
+    return [out / target.default_name(name) for target in targets]
+
+
+def _is_parent(target: Target, out: Path) -> bool:
+    if target.format == "gguf":
+        return out.suffix.lower() != ".gguf"
+    return out.is_dir() and not (out / "config.json").exists()
+
+
+def _check_disk(plan: Plan) -> None:
+    """Refuse before the work what would fail after it."""
+    needed: dict[int, tuple[Path, int]] = {}
+    for output in plan.outputs:
+        parent = output.path.parent
+        while not parent.exists():
+            parent = parent.parent
+        have = sum(f.stat().st_size for f in partial_dir(output.path).glob("data/*"))
+        device = parent.stat().st_dev
+        _, so_far = needed.get(device, (parent, 0))
+        needed[device] = (parent, so_far + max(0, output.nbytes - have))
+    for parent, size in needed.values():
+        free = shutil.disk_usage(parent).free
+        if size > free:
+            raise DiskFullError(
+                f"{parent}: the outputs need {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: "
+                "free some space, or choose fewer targets or another -o"
+            )

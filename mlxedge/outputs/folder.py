@@ -1,0 +1,56 @@
+"""What an MLX folder and a Hugging Face folder share: config, tokenizer, model card."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlxedge.sources.checkpoint import Checkpoint
+
+TORCH_DTYPE = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+#: Config keys that describe the source's storage and not the model.
+_STORAGE_KEYS = ("_name_or_path", "quantization", "quantization_config", "vision_config")
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=4, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def clean_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """``config`` without the keys that describe how the source was stored; with ``dtype``."""
+    made = {k: v for k, v in config.items() if k not in _STORAGE_KEYS}
+    # Both names: transformers 5 writes "dtype", everything older reads "torch_dtype".
+    return made | {"dtype": TORCH_DTYPE[dtype], "torch_dtype": TORCH_DTYPE[dtype]}
+
+
+def common_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The tokenizer's files and generation_config.json."""
+    files = dict(checkpoint.tokenizer.files) if checkpoint.tokenizer else {}
+    if checkpoint.generation_config:
+        files["generation_config.json"] = json_bytes(checkpoint.generation_config)
+    return files
+
+
+def model_card(checkpoint: Checkpoint, library: str, what: str, recipe: str) -> bytes:
+    """README.md with the front matter that the Hub and its tools read."""
+    base = checkpoint.origin.repo or checkpoint.base_model
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    if library == "mlx":
+        lines += ["tags:", "- mlx"]
+    if checkpoint.license:
+        lines.append(f"license: {checkpoint.license}")
+    if base:
+        lines.append(f"base_model: {base}")
+    source = base or checkpoint.name
+    if checkpoint.origin.revision:
+        source += f" at revision {checkpoint.origin.revision}"
+    lines += [
+        "---",
+        "",
+        f"# {checkpoint.name}, {recipe}",
+        "",
+        f"{what} made from {source} by [mlxedge](https://github.com/mlxedge/mlxedge).",
+        "",
+    ]
+    return "\n".join(lines).encode()

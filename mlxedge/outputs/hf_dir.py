@@ -1,0 +1,41 @@
+"""Plan a folder of floats that transformers loads: the way back from GGUF and MLX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.encodings import PLAIN
+from mlxedge.models.spec import ModelSpec
+from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card
+from mlxedge.outputs.safetensors_file import lay_out
+from mlxedge.plan import OutputPlan, PlannedTensor, how_to_make
+from mlxedge.targets import Target
+
+if TYPE_CHECKING:
+    from mlxedge.sources.checkpoint import Checkpoint
+
+
+def plan_hf(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    config: dict[str, Any],
+    target: Target,
+    path: Path,
+) -> OutputPlan:
+    """Plan one folder of ``target.recipe`` floats."""
+    encoding = PLAIN[target.recipe]
+    tensors = [
+        PlannedTensor(name, name, source.shape, encoding, how_to_make(source, encoding, False))
+        for name, source in checkpoint.tensors.items()
+    ]
+    parameters = sum(t.size for t in checkpoint.tensors.values())
+    layout = lay_out(tensors, {"format": "pt"}, parameters)
+    made = {"architectures": [spec.architecture], **clean_config(config, target.recipe)}
+    files = common_files(checkpoint) | {
+        "config.json": json_bytes(made),
+        "README.md": model_card(checkpoint, "transformers", "Float weights", target.recipe),
+    }
+    if len(layout.files) > 1:
+        files["model.safetensors.index.json"] = layout.index
+    return OutputPlan(target, path, target.recipe, layout.tensors, layout.files, files)

@@ -1,0 +1,349 @@
+"""Run a plan: read each source tensor once, in chunks of rows, for every output.
+
+Chunks of several tensors are in flight at once, one per thread; the kernels release the GIL. A
+tensor is noted in the journals when all its chunks are written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.errors import BadWeightsError, UnsupportedEncodingError, UsageError
+from mlxedge.models.layout import heads_of, rope_row_order_to_gguf
+from mlxedge.ops import Ops, Parts, load_ops, load_reference
+from mlxedge.outputs.staging import Staging
+from mlxedge.plan import OutputPlan, Plan, PlannedTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
+
+#: Called from one thread at a time with weights done, weights in all, and the tensor's name.
+ProgressHook = Callable[[int, int, str], None]
+
+
+@dataclass
+class TensorResult:
+    """Squared error and squared weights of a tensor, summed; ``error`` is their ratio's root."""
+
+    name: str
+    encoding: str
+    squared_error: float = 0.0
+    squared_weights: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Relative root-mean-square error, 0 for a tensor of zeros."""
+        if not self.squared_weights:
+            return 0.0
+        return math.sqrt(self.squared_error / self.squared_weights)
+
+
+@dataclass
+class OutputResult:
+    """One finished output; ``seconds`` is the time its encoding took, shared among threads."""
+
+    plan: OutputPlan
+    tensors: list[TensorResult]
+    seconds: float
+    resumed: int = 0
+    record: Path | None = None
+
+    @property
+    def error(self) -> float:
+        """Relative root-mean-square error over all weights."""
+        weights = sum(t.squared_weights for t in self.tensors)
+        return math.sqrt(sum(t.squared_error for t in self.tensors) / weights) if weights else 0.0
+
+    @property
+    def worst(self) -> TensorResult | None:
+        return max(self.tensors, key=lambda t: t.error, default=None)
+
+
+@dataclass
+class Report:
+    """What a conversion did. ``nonfinite`` names tensors with NaN or infinity that were allowed."""
+
+    plan: Plan
+    backend: str
+    threads: int
+    outputs: list[OutputResult]
+    seconds: float
+    nonfinite: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Work:
+    """A source tensor and where it goes; shared by the chunks of it."""
+
+    source: SourceTensor
+    goals: list[tuple[int, PlannedTensor]]
+    chunks: int
+    results: list[TensorResult]
+    guard: threading.Lock = field(default_factory=threading.Lock)
+
+
+def run_plan(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    backend: str | None = None,
+    force: bool = False,
+    allow_nan: bool = False,
+    threads: int | None = None,
+    progress: ProgressHook | None = None,
+) -> Report:
+    """Write every output of ``plan`` from ``checkpoint``; see ``mlxedge.convert.convert``."""
+    from mlxedge.record import SourceHashes, write_record
+
+    ops = load_ops(backend)
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        stages = []
+        for output in plan.outputs:
+            stage = Staging(output, plan.fingerprint(output, ops.name))
+            stack.callback(stage.keep)
+            stages.append(stage)
+        hashes = stack.enter_context(SourceHashes(checkpoint.origin))
+        run = _Run(plan, checkpoint, ops, stages, allow_nan, worker_count(threads), progress)
+        run.run()
+        results = run.collect()
+        report = Report(plan, ops.name, run.threads, results, 0.0, sorted(run.nonfinite))
+        for stage, result in zip(stages, results, strict=True):
+            check_written(stage)
+            stage.publish(force)
+            report.seconds = time.perf_counter() - started
+            result.record = write_record(report, result, checkpoint, hashes)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+class _Run:
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        ops: Ops,
+        stages: list[Staging],
+        allow_nan: bool,
+        threads: int,
+        progress: ProgressHook | None,
+    ) -> None:
+        self.plan = plan
+        self.checkpoint = checkpoint
+        self.ops = ops
+        self.reference = load_reference()
+        self.stages = stages
+        self.allow_nan = allow_nan
+        self.threads = threads if ops.parallel else 1
+        self.progress = progress
+        self.nonfinite: set[str] = set()
+        self.total = sum(t.size for t in checkpoint.tensors.values())
+        self._done_weights = 0
+        self._seconds = [0.0] * len(stages)
+        self._guard = threading.Lock()
+
+    def run(self) -> None:
+        running: set[Future[None]] = set()
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="mlxedge") as pool:
+            try:
+                for work, start, stop in self._chunks():
+                    if len(running) > self.threads:
+                        done, running = wait(running, return_when=FIRST_COMPLETED)
+                        for future in done:
+                            future.result()
+                    running.add(pool.submit(self._chunk, work, start, stop))
+                for future in running:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def collect(self) -> list[OutputResult]:
+        """Results per output, those of an earlier run from its journal."""
+        found = []
+        for stage, seconds in zip(self.stages, self._seconds, strict=True):
+            tensors = []
+            for planned in stage.plan.tensors:
+                line = stage.done[planned.name]
+                tensors.append(
+                    TensorResult(
+                        planned.name,
+                        planned.encoding.name,
+                        line["squared_error"],
+                        line["squared_weights"],
+                    )
+                )
+            found.append(
+                OutputResult(stage.plan, tensors, seconds / self.threads, stage.resumed_tensors)
+            )
+        return found
+
+    def _chunks(self) -> Iterator[tuple[_Work, int, int]]:
+        goals: dict[str, list[tuple[int, PlannedTensor]]] = {}
+        for index, stage in enumerate(self.stages):
+            for planned in stage.plan.tensors:
+                if planned.name not in stage.done:
+                    goals.setdefault(planned.source, []).append((index, planned))
+        for name, source in self.checkpoint.tensors.items():
+            if name not in goals:
+                self._advance(source.size, name)
+                continue
+            step = self._rows_per_chunk(source, [p for _, p in goals[name]])
+            starts = range(0, source.rows, step)
+            results = [TensorResult(p.name, p.encoding.name) for _, p in goals[name]]
+            work = _Work(source, goals[name], len(starts), results)
+            for start in starts:
+                yield work, start, min(start + step, source.rows)
+
+    def _rows_per_chunk(self, source: SourceTensor, planned: list[PlannedTensor]) -> int:
+        step = max(1, self.plan.chunk_weights // source.cols)
+        for goal in planned:
+            if goal.rows != "same" and len(source.shape) > 1:
+                head = source.rows // heads_of(goal.rows, self.checkpoint.config, source.rows)
+                step = -(-step // head) * head
+        return step
+
+    def _chunk(self, work: _Work, start: int, stop: int) -> None:
+        import numpy as np
+
+        source = work.source
+        parts = source.read_rows(start, stop)
+        weights: np.ndarray | None = None
+        plain: np.ndarray | None = None
+        if source.encoding.family == "plain":
+            weights = parts["weight"]
+        elif any(goal.how != "copy" for _, goal in work.goals):
+            weights = self._decode(parts, source)
+        if weights is not None:
+            self._check_finite(weights, source, start)
+        for (index, goal), result in zip(work.goals, work.results, strict=True):
+            began = time.perf_counter()
+            order = self._row_order(goal, source, stop - start)
+            error = 0.0
+            if goal.how == "copy" or weights is None:
+                made = parts
+            elif goal.how == "transcode":
+                made = self.reference.transcode(parts, source.encoding, goal.encoding)
+            else:
+                made = self.ops.encode(weights, goal.encoding)
+                if plain is None:
+                    plain = weights.astype(np.float32, copy=False)
+                error = _difference(self.ops.decode(made, goal.encoding), plain)
+            power = _power(plain if plain is not None else weights)
+            for part, place in goal.places.items():
+                data = made[part] if order is None else _reorder(made[part], order)
+                row = place.part.nbytes // source.rows
+                flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+                self.stages[index].write(place.file, place.offset + start * row, flat.data)
+            with self._guard:
+                result.squared_error += error
+                result.squared_weights += power
+                self._seconds[index] += time.perf_counter() - began
+        self._chunk_done(work, (stop - start) * source.cols)
+
+    def _chunk_done(self, work: _Work, weights: int) -> None:
+        with self._guard:
+            work.chunks -= 1
+            finished = work.chunks == 0
+        if finished:
+            for (index, goal), result in zip(work.goals, work.results, strict=True):
+                line = {
+                    "tensor": goal.name,
+                    "squared_error": result.squared_error,
+                    "squared_weights": result.squared_weights,
+                }
+                self.stages[index].finish_tensor(line, goal.nbytes)
+        self._advance(weights, work.source.name)
+
+    def _advance(self, weights: int, name: str) -> None:
+        with self._guard:
+            self._done_weights += weights
+            if self.progress is not None:
+                self.progress(self._done_weights, self.total, name)
+
+    def _decode(self, parts: Parts, source: SourceTensor) -> np.ndarray:
+        try:
+            return self.ops.decode(parts, source.encoding)
+        except UnsupportedEncodingError:
+            return self.reference.decode(parts, source.encoding)
+
+    def _check_finite(self, weights: np.ndarray, source: SourceTensor, start: int) -> None:
+        at = self.reference.first_nonfinite(weights)
+        if at is None:
+            return
+        if self.allow_nan:
+            with self._guard:
+                self.nonfinite.add(source.name)
+            return
+        row, col = divmod(at, source.cols)
+        raise BadWeightsError(
+            f"{source.name} has a weight that is {weights.flat[at]} at row {start + row}, "
+            f"column {col}: the checkpoint is damaged; get a good copy, or pass --allow-nan"
+        )
+
+    def _row_order(self, goal: PlannedTensor, source: SourceTensor, rows: int) -> Any:
+        """The order of a chunk's rows (columns for a bias) in the output, or ``None``."""
+        if goal.rows == "same":
+            return None
+        config = self.checkpoint.config
+        if len(source.shape) == 1:
+            heads = heads_of(goal.rows, config, source.cols)
+            return "columns", rope_row_order_to_gguf(source.cols, heads)
+        head = source.rows // heads_of(goal.rows, config, source.rows)
+        return "rows", rope_row_order_to_gguf(rows, rows // head)
+
+
+def _reorder(data: np.ndarray, order: tuple[str, np.ndarray]) -> np.ndarray:
+    axis, index = order
+    return data[index] if axis == "rows" else data[:, index]
+
+
+def _difference(decoded: np.ndarray, weights: np.ndarray) -> float:
+    """Σ (decoded - weights)²; ``decoded`` is overwritten."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _power(np.subtract(decoded, weights, out=decoded))
+
+
+def _power(weights: np.ndarray | None) -> float:
+    """Σ w², summed in f32 lanes, or in f64 where that overflows."""
+    import numpy as np
+
+    if weights is None:
+        return 0.0
+    flat = weights.reshape(-1).astype(np.float32, copy=False)
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = float(np.einsum("i,i->", flat, flat))
+    if not math.isfinite(total):
+        wide = flat.astype(np.float64)
+        total = float(np.einsum("i,i->", wide, wide))
+    return total
+
+
+def worker_count(threads: int | None) -> int:
+    """The number of threads asked for, or the number of usable CPUs."""
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"--threads {threads}: use at least 1")
+        return threads
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def check_written(stage: Staging) -> None:
+    """Read back what was written: each file must parse and hold the planned tensors."""
+    from mlxedge.outputs.readback import check_output
+
+    check_output(stage.plan, stage.data_dir)

@@ -1,0 +1,167 @@
+"""The record beside an output: where it came from, how it was made, how far it is from the source.
+
+A JSON file ``OUTPUT.mlxedge.json``. Schema 1: ``mlxedge`` (version), ``created`` (UTC), ``source``
+(kind, repository, revision, files with bytes and SHA-256), ``output`` (target, files with bytes and
+SHA-256, bits per weight, relative error), ``backend``, ``threads``, ``versions``, ``tensors``
+(name, encoding, relative error, how it was made, reason).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.outputs.staging import os_errors
+from mlxedge.version import VERSION
+
+if TYPE_CHECKING:
+    from mlxedge.pipeline import OutputResult, Report
+    from mlxedge.sources.checkpoint import Checkpoint, Origin
+
+SCHEMA = 1
+_VERSIONS = ("numpy", "numba", "ml-dtypes", "mlx", "tokenizers", "safetensors", "huggingface-hub")
+
+
+class SourceHashes:
+    """SHA-256 of the source's files, computed beside the conversion.
+
+    The converter and this thread read the same file at about the same time, so the disk is read
+    once. A file of the Hub's cache is named by its hash already and is not read again.
+    """
+
+    def __init__(self, origin: Origin) -> None:
+        self._files = origin.files
+        self._found: dict[Path, str] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mlxedge-sha256", daemon=True)
+
+    def __enter__(self) -> SourceHashes:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        for path in self._files:
+            try:
+                self._found[path] = known_sha256(path) or sha256_file(path, self._stop)
+            except OSError:
+                return
+
+    def result(self) -> dict[Path, str]:
+        """Wait for the hashes; a file that could not be read is missing."""
+        self._thread.join()
+        return self._found
+
+
+def known_sha256(path: Path) -> str | None:
+    """The hash that the Hub's cache tells by the name of the blob behind ``path``."""
+    name = Path(os.path.realpath(path)).name
+    return name if re.fullmatch(r"[0-9a-f]{64}", name) else None
+
+
+def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(1 << 20)
+        view = memoryview(buffer)
+        while (size := file.readinto(buffer)) and not (stop and stop.is_set()):
+            digest.update(view[:size])
+    return digest.hexdigest()
+
+
+def record_path(output: Path) -> Path:
+    return output.with_name(output.name + ".mlxedge.json")
+
+
+def write_record(
+    report: Report, result: OutputResult, checkpoint: Checkpoint, hashes: SourceHashes
+) -> Path:
+    """Write the record of one finished output and return its path."""
+    plan = result.plan
+    described = dict(report.plan.source)
+    found = hashes.result()
+    described["files"] = [
+        {**entry, "sha256": found.get(path)}
+        for path, entry in zip(checkpoint.origin.files, described["files"], strict=True)
+    ]
+    planned = {t.name: t for t in plan.tensors}
+    record = {
+        "schema": SCHEMA,
+        "mlxedge": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": described,
+        "output": {
+            "target": plan.target.spec,
+            "name": plan.path.name,
+            "files": _files(plan.path),
+            "bytes": plan.nbytes,
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "relative_error": _finite(result.error),
+        },
+        "backend": report.backend,
+        "threads": report.threads,
+        "seconds": round(report.seconds, 3),
+        "resumed_tensors": result.resumed,
+        "nonfinite_tensors": report.nonfinite,
+        "platform": platform.platform(),
+        "versions": {name: v for name in _VERSIONS if (v := _version(name))},
+        "notes": plan.notes,
+        "tensors": [
+            {
+                "name": t.name,
+                "source": planned[t.name].source,
+                "encoding": t.encoding,
+                "how": planned[t.name].how,
+                "reason": planned[t.name].reason,
+                "relative_error": _finite(t.error),
+            }
+            for t in result.tensors
+        ],
+    }
+    path = record_path(plan.path)
+    temporary = path.with_name(f".{path.name}.partial")
+    with os_errors(path):
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    return path
+
+
+def _files(path: Path) -> list[dict[str, Any]]:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [
+        {
+            "name": file.name if file == path else file.relative_to(path).as_posix(),
+            "bytes": file.stat().st_size,
+            "sha256": sha256_file(file),
+        }
+        for file in files
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
