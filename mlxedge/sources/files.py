@@ -65,11 +65,11 @@ class RandomAccessFile:
         return bytes(buffer)
 
     def read_rows(self, offset: int, row_bytes: int, start: int, stop: int) -> np.ndarray:
-        """Rows ``start:stop`` of an array at ``offset`` as fresh u8 ``[stop - start, row_bytes]``."""
+        """Rows ``start:stop`` of an array at ``offset``: fresh u8 ``[stop - start, row_bytes]``."""
         import numpy as np
 
         out = np.empty((stop - start, row_bytes), np.uint8)
-        self.read_into(memoryview(out.reshape(-1)), offset + start * row_bytes)
+        self.read_into(out.reshape(-1).data, offset + start * row_bytes)
         return out
 
     def close(self) -> None:

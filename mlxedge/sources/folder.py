@@ -20,6 +20,7 @@ from mlxedge.tokenizer.spec import TokenizerSpec
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+MODEL_CARD = "README.md"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -36,18 +37,18 @@ TOKENIZER_FILES = (
 TEMPLATE_FOLDER = "additional_chat_templates"
 #: Files that only pickle can load.
 PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt)", re.IGNORECASE)
+PICKLE_ADVICE = (
+    "loading one can run any code, so mlxedge never does. Use a safetensors version of the model, "
+    "or save it as safetensors with a program that you trust"
+)
 #: A config or a tokenizer above this size is not one.
 MAX_SIDE_FILE = 1 << 28
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
-def pickle_only_message(where: str, names: list[str]) -> str:
-    """Why a model that holds only pickles is refused, and what to do."""
-    return (
-        f"{where} holds only pickled weights ({', '.join(sorted(names)[:3])}), which can run any "
-        "code when loaded: mlxedge never loads them. Use a safetensors version of the model, or "
-        "save it as safetensors with a program that you trust"
-    )
+def only_pickles(where: str, names: list[str]) -> str:
+    """Why a model whose weights are all pickled is refused, and what to do."""
+    return f"{where} holds only pickles ({', '.join(sorted(names)[:3])}): {PICKLE_ADVICE}"
 
 
 def read_side_file(path: Path) -> bytes:
@@ -84,11 +85,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shards:
-    """The weight files of a folder. ``owner`` maps tensors to file names and is empty without an
-    index; ``index`` is the index file, if one was read."""
+    """The weight files of a folder. ``owner`` tells which file a tensor is in, and is empty without
+    an index; ``index`` is the index file, if one was read."""
 
     files: tuple[Path, ...]
-    owner: dict[str, str]
+    owner: dict[str, Path]
     index: Path | None = None
 
 
@@ -101,8 +102,8 @@ def find_shards(folder: Path) -> Shards:
     if (folder / WEIGHTS).is_file():
         return Shards((folder / WEIGHTS,), {})
     if (folder / INDEX).is_file():
-        owner = read_index(folder / INDEX)
-        files = tuple(folder / name for name in sorted(set(owner.values())))
+        owner = {name: folder / file for name, file in read_index(folder / INDEX).items()}
+        files = tuple(sorted(set(owner.values())))
         for file in files:
             if not file.is_file():
                 raise SourceNotFoundError(
@@ -162,7 +163,7 @@ def _nothing_to_read(folder: Path) -> SourceError:
             f"{folder}: a folder of GGUF files; name one of them: {', '.join(ggufs)}"
         )
     if pickles := [n for n in names if PICKLES.fullmatch(n)]:
-        return UnsafeFileError(pickle_only_message(str(folder), pickles))
+        return UnsafeFileError(only_pickles(str(folder), pickles))
     return SourceNotFoundError(f"{folder}: no safetensors files in this folder")
 
 
@@ -179,18 +180,19 @@ class Weights:
         try:
             for path in shards.files:
                 self._add(SafetensorsFile(path), shards.owner)
-            for name, file in shards.owner.items():
-                if name not in self.home or self.home[name].path.name != Path(file).name:
-                    path = shards.index.parent / file if shards.index else Path(file)
-                    raise CorruptFileError(path, f"tensor {name} is not in it, though {INDEX} says so")
+            for name, path in shards.owner.items():
+                if name not in self.home:
+                    raise CorruptFileError(
+                        path, f"tensor {name} is not in it, though {INDEX} says so"
+                    )
         except BaseException:
             self.close()
             raise
 
-    def _add(self, file: SafetensorsFile, owner: dict[str, str]) -> None:
+    def _add(self, file: SafetensorsFile, owner: dict[str, Path]) -> None:
         self.files.append(file)
         for name in file.entries:
-            if owner.get(name, file.path.name) != file.path.name:
+            if owner.get(name, file.path) != file.path:
                 continue
             if name in self.home:
                 raise CorruptFileError(
@@ -211,6 +213,17 @@ def read_tokenizer(folder: Path) -> tuple[TokenizerSpec | None, list[Path]]:
         return None, []
     files = {p.relative_to(folder).as_posix(): read_side_file(p) for p in paths}
     return TokenizerSpec(files), paths
+
+
+def read_license(folder: Path) -> str | None:
+    """The licence identifier in the front matter of the model card, if there is one."""
+    card = folder / MODEL_CARD
+    if not card.is_file():
+        return None
+    text = read_side_file(card).decode(errors="replace")
+    front = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    found = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
 
 
 def model_name(folder: Path) -> str:

@@ -292,7 +292,8 @@ def _tensor_info(head: _Head, name: str) -> _Info:
         )
     if ne[0] % encoding.block:
         head.fail(
-            f"{what} has rows of {ne[0]} weights, not a multiple of {encoding}'s {encoding.block}", at
+            f"{what} has rows of {ne[0]} weights; {encoding} takes multiples of {encoding.block}",
+            at,
         )
     offset = head.u64(f"the offset of {what}")
     return _Info(name, tuple(reversed(ne)), encoding, offset, head.at - 8)

@@ -11,7 +11,9 @@ from mlxedge.sources.checkpoint import Checkpoint, Origin, Tensors
 from mlxedge.sources.mlx_dir import is_mlx, mlx_tensors
 
 
-def open_folder(folder: Path, *, repo: str | None = None, revision: str | None = None) -> Checkpoint:
+def open_folder(
+    folder: Path, *, repo: str | None = None, revision: str | None = None
+) -> Checkpoint:
     """Open a folder that transformers or mlx-lm would load.
 
     Raises SourceNotFoundError (no config, no weights, a missing shard), UnsafeFileError (only
@@ -29,7 +31,9 @@ def open_folder(folder: Path, *, repo: str | None = None, revision: str | None =
     weights = common.Weights(shards)
     try:
         mlx = is_mlx(config, weights)
-        tensors = mlx_tensors(folder, config, weights) if mlx else _hf_tensors(folder, config, weights)
+        tensors = (
+            mlx_tensors(folder, config, weights) if mlx else _hf_tensors(folder, config, weights)
+        )
     except BaseException:
         weights.close()
         raise
@@ -48,6 +52,7 @@ def open_folder(folder: Path, *, repo: str | None = None, revision: str | None =
             repo=repo,
             revision=revision,
         ),
+        license=common.read_license(folder),
         on_close=weights.close,
     )
 

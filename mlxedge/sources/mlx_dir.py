@@ -100,9 +100,7 @@ def _quantized(
     return SourceTensor(name, shape, encoding, read_rows)
 
 
-def _encoding(
-    folder: Path, path: str, rule: dict[str, Any], weights: Weights
-) -> Affine | MlxFloat:
+def _encoding(folder: Path, path: str, rule: dict[str, Any], weights: Weights) -> Affine | MlxFloat:
     mode = str(rule.get("mode", "affine"))
     if mode in MLX_FLOAT:
         return MLX_FLOAT[mode]
@@ -111,7 +109,8 @@ def _encoding(
     bits, group = rule.get("bits") or _DEFAULT_BITS, rule.get("group_size") or _AFFINE_GROUP
     if not (type(bits) is type(group) is int and bits in AFFINE_BITS and group in AFFINE_GROUPS):
         raise CorruptFileError(
-            folder / "config.json", f"MLX has no affine {bits!r} bits in groups of {group!r} ({path})"
+            folder / "config.json",
+            f"MLX has no affine {bits!r} bits in groups of {group!r} ({path})",
         )
     scales = weights.home[f"{path}.scales"].entries[f"{path}.scales"]
     if scales.dtype not in PLAIN:

@@ -1,0 +1,217 @@
+"""A GGUF file as a checkpoint with Hugging Face's names, row orders and config."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxedge.encodings import GGML, PLAIN, Encoding
+from mlxedge.errors import (
+    CorruptFileError,
+    MlxedgeError,
+    UnsupportedEncodingError,
+    UnsupportedModelError,
+)
+from mlxedge.gguf_values import GgufValue
+from mlxedge.models import ModelSpec, rope_row_order, spec_for_gguf
+from mlxedge.models.layout import heads_of
+from mlxedge.models.spec import RowOrder
+from mlxedge.ops import Parts
+from mlxedge.sources.checkpoint import Checkpoint, Origin, SourceTensor, Tensors
+from mlxedge.sources.files import RandomAccessFile, check_rows, numpy_dtype
+from mlxedge.sources.gguf import GgufFile, GgufTensor, read_gguf
+from mlxedge.tokenizer.spec import TokenizerSpec
+
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})$")
+_QUANT = re.compile(
+    rf"[-._]({'|'.join((*PLAIN, *GGML))}|(i?q\d_(k_)?(xs|s|m|l|xl|xxs)))$", re.IGNORECASE
+)
+_DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def open_gguf(path: Path, *, repo: str | None = None, revision: str | None = None) -> Checkpoint:
+    """Open a GGUF file.
+
+    Raises CorruptFileError, UnsupportedModelError (an unknown architecture, a tensor that the
+    architecture does not have, one part of a split file) and UnsupportedEncodingError.
+    """
+    gguf = read_gguf(path)
+    _refuse_split(gguf)
+    arch = _text(gguf, "general.architecture")
+    if arch is None:
+        raise CorruptFileError(path, "the metadata has no general.architecture")
+    spec = spec_for_gguf(arch)
+    file = RandomAccessFile(path)
+    try:
+        extra = {t.name: _floats(file, t) for t in gguf.tensors if t.name in spec.gguf_only}
+        config = _config(gguf, spec, extra)
+        tensors = _tensors(file, gguf, spec, config)
+        tokenizer = _tokenizer(gguf.metadata)
+    except BaseException:
+        file.close()
+        raise
+    return Checkpoint(
+        name=model_name(path),
+        config=config,
+        tensors=tensors,
+        tokenizer=tokenizer,
+        generation_config={},
+        origin=Origin("gguf", path, (path,), repo, revision),
+        license=_text(gguf, "general.license"),
+        on_close=file.close,
+    )
+
+
+def model_name(path: Path) -> str:
+    """The file's name without its type: SmolLM2-135M.Q4_1.gguf → SmolLM2-135M."""
+    stem = path.name.removesuffix(".gguf")
+    return _QUANT.sub("", stem) or stem
+
+
+def _refuse_split(gguf: GgufFile) -> None:
+    count = gguf.metadata.get("split.count")
+    by_key = count is not None and isinstance(count.value, int) and count.value > 1
+    if by_key or _SPLIT.search(gguf.path.stem):
+        raise UnsupportedModelError(
+            f"{gguf.path}: one part of a split GGUF file; join the parts first "
+            "(llama-gguf-split --merge)"
+        )
+
+
+def _text(gguf: GgufFile, key: str) -> str | None:
+    value = gguf.metadata.get(key)
+    if value is None:
+        return None
+    if value.kind != "str":
+        raise CorruptFileError(gguf.path, f"{key} must be a string, not {value.kind}")
+    text: str = value.value
+    return text
+
+
+def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        config = spec.config_from_gguf(gguf.metadata, extra)
+    except MlxedgeError:
+        raise
+    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+        raise CorruptFileError(
+            gguf.path, f"the metadata of architecture {spec.gguf_arch} makes no sense: {error}"
+        ) from error
+    names = {t.name for t in gguf.tensors}
+    config["tie_word_embeddings"] = "output.weight" not in names
+    for key, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias")):
+        if key in config:
+            config[key] = tensor in names
+    config["torch_dtype"] = _DTYPE_NAMES[_float_type(gguf)]
+    for key, gguf_key in _SPECIAL_IDS.items():
+        token = gguf.metadata.get(gguf_key)
+        if token is not None and type(token.value) is int:
+            config[key] = token.value
+    return config
+
+
+_SPECIAL_IDS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+
+
+def _float_type(gguf: GgufFile) -> str:
+    """The dtype of the matrices where they are not quantized, and f16 where they are."""
+    weights: Counter[Encoding] = Counter()
+    for tensor in gguf.tensors:
+        if len(tensor.shape) > 1:
+            weights[tensor.encoding] += tensor.nbytes
+    main = weights.most_common(1)[0][0] if weights else PLAIN["f16"]
+    return main.name if main in PLAIN.values() else "f16"
+
+
+def _tokenizer(metadata: Mapping[str, GgufValue]) -> TokenizerSpec | None:
+    if "tokenizer.ggml.model" not in metadata:
+        return None
+    from mlxedge.tokenizer import from_gguf
+
+    spec: TokenizerSpec = from_gguf(metadata)
+    return spec
+
+
+def _tensors(
+    file: RandomAccessFile, gguf: GgufFile, spec: ModelSpec, config: dict[str, Any]
+) -> Tensors:
+    tensors: dict[str, SourceTensor] = {}
+    unknown = []
+    for tensor in gguf.tensors:
+        if tensor.name in spec.gguf_only:
+            continue
+        found = spec.from_gguf(tensor.name)
+        if found is None:
+            unknown.append(tensor.name)
+            continue
+        name, order = found
+        if tensor.encoding.family == "plain" and tensor.encoding not in PLAIN.values():
+            raise UnsupportedEncodingError(
+                f"{file.path}: tensor {tensor.name} is {tensor.encoding}; weights must be "
+                f"{', '.join(PLAIN)} or a ggml block type"
+            )
+        tensors[name] = _source_tensor(file, tensor, name, order, config)
+    if unknown:
+        raise UnsupportedModelError(
+            f"{file.path}: architecture {spec.gguf_arch} has no tensor "
+            f"{', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}; "
+            "the file needs a reader that knows them"
+        )
+    return Tensors(tensors)
+
+
+def _source_tensor(
+    file: RandomAccessFile, tensor: GgufTensor, name: str, order: RowOrder, config: dict[str, Any]
+) -> SourceTensor:
+    part = tensor.encoding.parts(tensor.shape)["weight"]
+    dtype = numpy_dtype(part.dtype)
+    if len(tensor.shape) == 1:
+        rows, row_bytes = 1, tensor.nbytes
+    else:
+        rows = tensor.nbytes // (part.shape[-1] * dtype.itemsize)
+        row_bytes = tensor.nbytes // rows
+
+    def stored(start: int, stop: int) -> np.ndarray:
+        return file.read_rows(tensor.offset, row_bytes, start, stop).view(dtype)
+
+    def same(start: int, stop: int) -> Parts:
+        check_rows(name, rows, start, stop)
+        return {"weight": stored(start, stop)}
+
+    if order == "same":
+        return SourceTensor(name, tensor.shape, tensor.encoding, same)
+    heads = heads_of(order, config, tensor.shape[0])
+    index = rope_row_order(tensor.shape[0], heads)
+
+    def bias(start: int, stop: int) -> Parts:
+        # A bias is one row, and its elements are what the matrix has as rows.
+        check_rows(name, rows, start, stop)
+        return {"weight": stored(start, stop)[:, index]}
+
+    def reordered(start: int, stop: int) -> Parts:
+        # Rows move within their head, so whole heads are read and the rest dropped.
+        check_rows(name, rows, start, stop)
+        head = rows // heads
+        first, last = start // head * head, -(-stop // head) * head
+        return {"weight": stored(first, last)[index[start:stop] - first]}
+
+    return SourceTensor(
+        name, tensor.shape, tensor.encoding, bias if len(tensor.shape) == 1 else reordered
+    )
+
+
+def _floats(file: RandomAccessFile, tensor: GgufTensor) -> np.ndarray:
+    """A small plain tensor as f32."""
+    if tensor.encoding not in PLAIN.values():
+        raise UnsupportedEncodingError(f"{file.path}: tensor {tensor.name} is {tensor.encoding}")
+    raw = file.read_rows(tensor.offset, tensor.nbytes, 0, 1)
+    return raw.view(numpy_dtype(tensor.encoding.name))[0].astype(np.float32)

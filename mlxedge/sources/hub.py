@@ -1,0 +1,284 @@
+"""Models on the Hugging Face Hub: which files are needed, at which commit, from where.
+
+HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HUB_DISABLE_XET are obeyed; the client reads
+them when it is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxedge.errors import (
+    AccessDeniedError,
+    DiskFullError,
+    MlxedgeError,
+    NetworkError,
+    OutputError,
+    SourceNotFoundError,
+    UnsafeFileError,
+)
+from mlxedge.sources import folder as common
+from mlxedge.version import VERSION
+
+if TYPE_CHECKING:
+    from mlxedge.sources.hub_download import Downloader, Progress, RemoteFile
+
+Warn = Callable[[str], None]
+
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_SPEC = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>.+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_DEFAULT_REVISION = "main"
+_SIDE_FILES = {
+    common.CONFIG,
+    common.GENERATION_CONFIG,
+    common.MODEL_CARD,
+    common.INDEX,
+    *common.TOKENIZER_FILES,
+}
+
+
+@dataclass(frozen=True)
+class HubSpec:
+    """``org/name[/file.gguf][@revision]``, taken apart."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files of ``repo`` at ``commit``. ``path`` is the folder, or the GGUF file asked for."""
+
+    path: Path
+    repo: str
+    commit: str
+
+
+def parse_spec(text: str) -> HubSpec | None:
+    """A Hub id, or ``None`` if ``text`` cannot be one."""
+    match = _SPEC.fullmatch(text)
+    return HubSpec(match["repo"], match["revision"], match["file"]) if match else None
+
+
+def download(
+    repo: str,
+    *,
+    revision: str | None = None,
+    gguf: str | None = None,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+    warn: Warn | None = None,
+) -> Snapshot:
+    """Make a model available locally, and say where.
+
+    ``revision`` (a branch, a tag or a commit) is resolved first, and every file is taken at that
+    commit. Only what is needed is fetched: config, tokenizer, model card and safetensors, or with
+    ``gguf`` the GGUF file of that name (or the only one whose name contains it). ``offline`` uses
+    the cache alone; so does HF_HUB_OFFLINE. If the Hub does not answer, a cached copy is used and
+    ``warn`` is told (``warnings.warn`` without it).
+
+    Raises SourceNotFoundError, AccessDeniedError, NetworkError, UnsafeFileError (only pickles),
+    CorruptFileError (a wrong hash; the file is removed) and DiskFullError.
+    """
+    if revision is not None and not _is_revision(revision):
+        raise SourceNotFoundError(f"{repo}: {revision!r} cannot be the name of a revision")
+    from huggingface_hub import HfApi, constants
+
+    if offline or constants.HF_HUB_OFFLINE:
+        return _cached(repo, revision, gguf, "working offline")
+    api = HfApi(library_name="mlxedge", library_version=VERSION)
+    try:
+        info = api.model_info(
+            repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except Exception as error:
+        known = _translated(error, repo, revision)
+        if not isinstance(known, NetworkError):
+            raise known from error
+        snapshot = _cached(repo, revision, gguf, str(known))
+        (warn or warnings.warn)(f"{known}; using the cached copy of commit {snapshot.commit[:12]}")
+        return snapshot
+    commit = info.sha or ""
+    if not _COMMIT.fullmatch(commit):
+        raise NetworkError(f"{repo}: the Hub named no commit; check HF_ENDPOINT")
+
+    from mlxedge.sources.hub_download import Downloader, RemoteFile
+
+    files = {
+        s.rfilename: RemoteFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None, s.blob_id)
+        for s in info.siblings or []
+    }
+    loader = Downloader(repo, commit, progress)
+    try:
+        path = _fetch(loader, files, gguf)
+        _remember(loader, revision)
+    except MlxedgeError:
+        raise
+    except Exception as error:
+        raise _translated(error, repo, revision) from error
+    return Snapshot(path, repo, commit)
+
+
+def _fetch(loader: Downloader, files: dict[str, RemoteFile], gguf: str | None) -> Path:
+    if gguf is not None:
+        chosen = [files[_choose_gguf(loader.repo, list(files), gguf)]]
+    else:
+        _check_loadable(loader.repo, list(files))
+        side = [f for name, f in files.items() if _is_side_file(name)]
+        loader.fetch_all(side)
+        chosen = [files[name] for name in _weight_files(loader, files)]
+    loader.check_disk(chosen)
+    loader.fetch_all(chosen)
+    return loader.snapshot / chosen[0].name if gguf is not None else loader.snapshot
+
+
+def _is_side_file(name: str) -> bool:
+    template = re.fullmatch(rf"{common.TEMPLATE_FOLDER}/[\w.-]+\.jinja", name)
+    return name in _SIDE_FILES or template is not None
+
+
+def _check_loadable(repo: str, names: list[str]) -> None:
+    """Before anything is downloaded: are there weights that mlxedge would load?"""
+    if any(name.endswith(".safetensors") and "/" not in name for name in names):
+        if common.CONFIG not in names:
+            raise SourceNotFoundError(f"{repo}: the repository has no {common.CONFIG}")
+        return
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        raise SourceNotFoundError(
+            f"{repo} holds only GGUF files; name one, for example {repo}/{ggufs[0]} "
+            f"(there are: {', '.join(ggufs[:20])})"
+        )
+    if pickles := [name for name in names if common.PICKLES.fullmatch(name)]:
+        raise UnsafeFileError(common.only_pickles(repo, pickles))
+    raise SourceNotFoundError(f"{repo}: the repository holds no safetensors files")
+
+
+def _weight_files(loader: Downloader, files: dict[str, RemoteFile]) -> list[str]:
+    """As ``folder.find_shards`` will choose, so that nothing is fetched in vain."""
+    if common.WEIGHTS in files:
+        return [common.WEIGHTS]
+    if common.INDEX in files:
+        names = sorted(set(common.read_index(loader.snapshot / common.INDEX).values()))
+        if missing := [name for name in names if name not in files]:
+            raise SourceNotFoundError(
+                f"{loader.repo}: shard {missing[0]} is named by {common.INDEX}, "
+                "but is not in the repository"
+            )
+        return names
+    found = sorted(n for n in files if n.endswith(".safetensors") and "/" not in n)
+    return [n for n in found if n.startswith("model")] or found
+
+
+def _choose_gguf(repo: str, names: list[str], wanted: str) -> str:
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if wanted in ggufs:
+        return wanted
+    matches = [name for name in ggufs if wanted.lower() in name.lower()]
+    if len(matches) == 1:
+        return matches[0]
+    if not ggufs:
+        raise SourceNotFoundError(f"{repo}: the repository holds no GGUF files")
+    state = f"{len(matches)} GGUF files match" if matches else "no GGUF file matches"
+    raise SourceNotFoundError(
+        f"{repo}: {state} {wanted!r}; there are: {', '.join((matches or ggufs)[:20])}"
+    )
+
+
+def _is_revision(revision: str) -> bool:
+    """A name that stays inside the cache's ``refs`` folder."""
+    parts = revision.split("/")
+    return all(parts) and ".." not in parts and not set(revision) & set("\\:\0 ")
+
+
+def _remember(loader: Downloader, revision: str | None) -> None:
+    """Note the commit of a branch or tag, where the client looks for it when offline."""
+    name = revision or _DEFAULT_REVISION
+    if _COMMIT.fullmatch(name):
+        return
+    ref = loader.storage / "refs" / name
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    new = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
+    new.write_text(loader.commit)
+    new.replace(ref)
+
+
+def _cached(repo: str, revision: str | None, gguf: str | None, why: str) -> Snapshot:
+    """The copy in the cache; raises NetworkError if there is none that is whole."""
+    from mlxedge.sources.hub_download import storage_folder
+
+    storage, name = storage_folder(repo), revision or _DEFAULT_REVISION
+    ref = storage / "refs" / name
+    commit = name if _COMMIT.fullmatch(name) else ref.read_text().strip() if ref.is_file() else ""
+    folder = storage / "snapshots" / commit
+    if not commit or not folder.is_dir():
+        at = f" at revision {revision}" if revision else ""
+        raise NetworkError(f"{repo}{at} is not in the cache {storage.parent} ({why})")
+    if gguf is not None:
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*.gguf")]
+        return Snapshot(folder / _choose_gguf(f"{repo} (cached copy)", names, gguf), repo, commit)
+    try:
+        common.find_shards(folder)
+        common.read_json(folder / common.CONFIG)
+    except SourceNotFoundError as error:
+        raise NetworkError(f"{repo}: the cached copy is incomplete: {error} ({why})") from error
+    return Snapshot(folder, repo, commit)
+
+
+def _translated(error: Exception, repo: str, revision: str | None) -> MlxedgeError:
+    """The client's error in this package's terms; anything unknown is raised as it is."""
+    from huggingface_hub import constants, errors
+
+    from mlxedge.sources.hub_download import TransportError
+
+    endpoint = constants.ENDPOINT
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.GatedRepoError):
+        return AccessDeniedError(
+            f"{repo} is gated: accept its licence at {endpoint}/{repo}, then set HF_TOKEN to a "
+            "token of that account (or run: hf auth login)"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return SourceNotFoundError(
+            f"{repo}: no such repository at {endpoint}, or it is private: check the name; "
+            "for a private one set HF_TOKEN"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return SourceNotFoundError(f"{repo}: no revision {revision!r} in this repository")
+    if isinstance(error, errors.HFValidationError):
+        return SourceNotFoundError(f"{repo}: not a Hub id (org/name): {error}")
+    if status in (401, 403):
+        return AccessDeniedError(
+            f"{repo}: the Hub refused access ({status}): check that HF_TOKEN is valid and may "
+            "read this repository"
+        )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return SourceNotFoundError(f"{repo}: a listed file is not there: {_first_line(error)}")
+    if status is not None:
+        return NetworkError(f"{repo}: the Hub at {endpoint} answered with status {status}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(
+            f"{repo}: the disk of {constants.HF_HUB_CACHE} is full; free some space or set HF_HOME "
+            "to another disk, then run again"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return OutputError(f"cannot write the cache {constants.HF_HUB_CACHE}: {error}")
+    if isinstance(error, (TransportError, ConnectionError, TimeoutError, OSError)):
+        return NetworkError(
+            f"{repo}: no answer from {endpoint} ({type(error).__name__}: {_first_line(error)})"
+        )
+    raise error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
