@@ -1,0 +1,123 @@
+"""The definition of every encoding: NumPy arrays, inner loops compiled by numba.
+
+What this package writes is what mlxedge writes: other backends are held to its bytes. The module
+docstrings say which algorithm of ggml or MLX each encoding follows, and to which bit.
+
+Importing this package imports none of that; kernels are loaded and compiled when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.encodings import Affine, Encoding, GgmlBlock, MlxFloat, Plain
+from mlxedge.errors import UnsupportedEncodingError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlxedge.ops import Parts
+
+#: The modules with ``encode(weights, encoding)`` and ``decode(parts, encoding)``.
+_MODULES: dict[type[Encoding], str] = {
+    Plain: "plain",
+    GgmlBlock: "ggml",
+    Affine: "mlx_affine",
+    MlxFloat: "mlx_float",
+}
+
+
+class NumpyOps:
+    """Implements ``mlxedge.ops.ReferenceOps``. Stateless; threads may share it (no GIL is held)."""
+
+    name = "numpy"
+    parallel = True
+
+    def encode(self, weights: np.ndarray, encoding: Encoding) -> Parts:
+        """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16, any strides) row by row.
+
+        Raises UnsupportedEncodingError if ``cols`` is not a multiple of ``encoding.block`` or the
+        encoding can only be read, UsageError for other dtypes and ranks.
+        """
+        module = _module(encoding)
+        if weights.ndim != 2:
+            raise UsageError(f"weights have shape {weights.shape}: encode takes [rows, cols]")
+        if str(weights.dtype) not in ("float32", "float16", "bfloat16"):
+            raise UsageError(f"weights are {weights.dtype}: encode takes f32, f16 or bf16")
+        if not encoding.fits(weights.shape):
+            raise UnsupportedEncodingError(
+                f"rows of {weights.shape[1]} weights cannot be {encoding}: "
+                f"they must be a multiple of {encoding.block}"
+            )
+        import numpy as np
+
+        made: Parts = module.encode(np.ascontiguousarray(weights), encoding)
+        return made
+
+    def decode(self, parts: Parts, encoding: Encoding) -> np.ndarray:
+        """Decode to f32 ``[rows, cols]``; other leading dimensions are kept.
+
+        Raises UsageError if the parts are not those of ``encoding``.
+        """
+        module = _module(encoding)
+        _check_parts(parts, encoding)
+        weights: np.ndarray = module.decode(parts, encoding)
+        return weights
+
+    def can_transcode(self, source: Encoding, target: Encoding) -> bool:
+        """Whether ``transcode`` can keep the weights of ordinary blocks of ``source``."""
+        answer: bool = _load("transcode").can_transcode(source, target)
+        return answer
+
+    def transcode(self, parts: Parts, source: Encoding, target: Encoding) -> Parts:
+        """The same weights in ``target``: decoding gives equal f32 numbers.
+
+        Raises UnsupportedEncodingError if ``target`` cannot hold them exactly: an unknown pair, or
+        blocks so large that a bias overflows f16.
+        """
+        _check_parts(parts, source)
+        made: Parts | None = _load("transcode").transcode(parts, source, target)
+        if made is None:
+            raise UnsupportedEncodingError(
+                f"{source} blocks cannot be kept exactly in {target}: "
+                "take f32 scales, or decode and encode again"
+            )
+        return made
+
+    def first_nonfinite(self, weights: np.ndarray) -> int | None:
+        """The flat index of the first NaN or infinity in f32, f16 or bf16 ``weights``."""
+        index: int | None = _load("plain").first_nonfinite(weights)
+        return index
+
+
+def _load(name: str) -> Any:
+    return importlib.import_module(f"mlxedge.fallback.{name}")
+
+
+def _module(encoding: Encoding) -> Any:
+    name = _MODULES.get(type(encoding))
+    if name is None:
+        raise UnsupportedEncodingError(f"{encoding} is not known to this backend")
+    return _load(name)
+
+
+def _check_parts(parts: Parts, encoding: Encoding) -> None:
+    """Names, dtypes and shapes must fit each other; kernels do not look."""
+    dtypes = _load("bits").DTYPES
+    weight = parts.get("weight")
+    if weight is None or weight.ndim == 0:
+        raise UsageError(f"{encoding}: the part 'weight' is missing")
+    per_block = encoding.parts((encoding.block,))["weight"].shape[-1]
+    blocks, rest = divmod(weight.shape[-1], per_block)
+    expected = encoding.parts((*weight.shape[:-1], blocks * encoding.block))
+    for name, part in expected.items():
+        given = parts.get(name)
+        if given is None or given.shape != part.shape or given.dtype != dtypes[part.dtype] or rest:
+            found = "missing" if given is None else f"{given.dtype} {given.shape}"
+            raise UsageError(
+                f"{encoding}: the part {name!r} is {found}, not {part.dtype} {part.shape}"
+            )
+
+
+OPS = NumpyOps()

@@ -3,7 +3,8 @@
 Kernels take floats of 16 bits as uint16 (numba has neither float16 nor bfloat16 on a CPU);
 :func:`flat_bits` makes that view and ``kind`` says what the bits are. numba computes integers in 64
 bits, so every function here casts where the width matters; loops over slices vectorise, loops over
-computed offsets do not (numba tests those for negative indices).
+computed offsets do not (numba tests those for negative indices). Slice assignment is avoided: its
+checks take seconds to compile.
 """
 
 from __future__ import annotations
@@ -33,12 +34,22 @@ _U32, _U64, _FLOAT = np.uint32, np.uint64, np.float32
 _F16_SUBNORMAL = np.float32(2.0**-24)
 
 
+def as_input(array: np.ndarray) -> np.ndarray:
+    """``array`` in C order, aligned and read-only: a view, or a copy where it must be.
+
+    numba compiles a kernel once for every combination of these; this makes it one.
+    """
+    view = np.require(array, requirements=("C", "A")).view()
+    view.flags.writeable = False
+    return view
+
+
 def flat_bits(array: np.ndarray) -> tuple[np.ndarray, int]:
-    """``array`` (f32, f16 or bf16, C order) as 1-D f32 or uint16, and its kind."""
+    """``array`` (f32, f16 or bf16) as 1-D f32 or uint16 for a kernel to read, and its kind."""
     kind = _KINDS.get(array.dtype)
     if kind is None:
         raise UsageError(f"weights are {array.dtype}: f32, f16 or bf16 is needed")
-    flat = array.reshape(-1)
+    flat = as_input(array).reshape(-1)
     return (flat if kind == F32 else flat.view(np.uint16)), kind
 
 
@@ -110,7 +121,8 @@ def load(source: np.ndarray, kind: int, out: np.ndarray) -> None:
 def pack(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
     """Pack u8 ``codes`` ``[n]`` below 2^bits (n a multiple of 8) into u8 ``out`` ``[n·bits/8]``."""
     if bits == 8:
-        out[:] = codes
+        for i in range(codes.size):
+            out[i] = codes[i]
         return
     words = codes.view(_U64)
     width = _U64(bits)
@@ -137,7 +149,8 @@ def pack(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
 def unpack(packed: np.ndarray, bits: int, codes: np.ndarray) -> None:
     """The inverse of :func:`pack`."""
     if bits == 8:
-        codes[:] = packed
+        for i in range(codes.size):
+            codes[i] = packed[i]
         return
     words = codes.view(_U64)
     width = _U64(bits)

@@ -5,8 +5,8 @@ llama-cpp-python 0.3.36) built without fused multiply-add: the operations and th
 same, each rounded to float32. Layouts are those of ``ggml-common.h``; the comments below name the
 fields of a block in order.
 
-``DECODERS[name](source, out)`` decodes u8 ``[rows, row_bytes]`` into f32 ``[rows, cols]``, both in C
-order. It releases the GIL and allocates nothing of the size of the tensor.
+``DECODERS[name](source, out)`` decodes u8 ``[rows, row_bytes]`` into f32 ``[rows, cols]`` that is
+in C order. It releases the GIL and allocates nothing of the size of the tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from mlxedge.encodings import GGML
 from mlxedge.errors import UsageError
 from mlxedge.fallback import ggml_decode_iq
-from mlxedge.fallback.bits import half
+from mlxedge.fallback.bits import as_input, half
 from mlxedge.fallback.jit import kernel
 
 _FLOAT, _INT, _U32 = np.float32, np.int32, np.uint32
@@ -283,7 +283,7 @@ def _by_rows(name: str) -> Decoder:
     run, encoding = _KERNELS[name], GGML[name]
 
     def decoder(source: np.ndarray, out: np.ndarray) -> None:
-        blocks = np.ascontiguousarray(source).reshape(-1, encoding.block_bytes)
+        blocks = as_input(source).reshape(-1, encoding.block_bytes)
         if not out.flags.c_contiguous or out.dtype != np.float32:
             raise UsageError(f"{name} decodes into f32 in C order, not {out.dtype}")
         if out.size != len(blocks) * encoding.block_size:

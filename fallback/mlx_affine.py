@@ -23,7 +23,7 @@ from __future__ import annotations
 import numpy as np
 
 from mlxedge.encodings import Affine
-from mlxedge.fallback.bits import DTYPES, flat_bits, load, pack, unpack
+from mlxedge.fallback.bits import DTYPES, as_input, flat_bits, load, pack, unpack
 from mlxedge.fallback.jit import kernel
 from mlxedge.fallback.plain import cast
 from mlxedge.ops import Parts
@@ -61,14 +61,14 @@ def encode(weights: np.ndarray, encoding: Affine) -> Parts:
 def decode(parts: Parts, encoding: Affine) -> np.ndarray:
     """Decode to f32 ``[rows, cols]``."""
     scales, biases = cast(parts["scales"], "f32"), cast(parts["biases"], "f32")
-    weight = np.ascontiguousarray(parts["weight"])
+    weight = as_input(parts["weight"])
     *lead, groups = scales.shape
     out = np.empty((*lead, groups * encoding.group), DTYPES["f32"])
     _decode(
         weight.reshape(-1).view(np.uint8),
         encoding.bits,
-        scales.reshape(-1),
-        biases.reshape(-1),
+        as_input(scales.reshape(-1)),
+        as_input(biases.reshape(-1)),
         out.reshape(-1),
     )
     return out
@@ -92,6 +92,7 @@ def _encode(
     mantissas = shifted.view(_U32)
     codes = np.empty(group, np.uint8)
     edges = np.empty(2, _INT)
+    extremes = edges.view(_FLOAT)
     for g in range(scales.size):
         load(source[g * group : (g + 1) * group], kind, values)
         # Minimum and maximum of the bit patterns, made to order as integers do: unlike float
@@ -102,7 +103,7 @@ def _encode(
             low, high = min(low, key), max(high, key)
         edges[0] = low ^ ((low >> _INT(31)) & _INT(0x7FFFFFFF))
         edges[1] = high ^ ((high >> _INT(31)) & _INT(0x7FFFFFFF))
-        smallest, largest = edges.view(_FLOAT)
+        smallest, largest = extremes[0], extremes[1]
         negative = abs(smallest) > abs(largest)
         scale = max(_FLOAT((largest - smallest) / top), _EPSILON)
         scale = scale if negative else -scale

@@ -36,6 +36,7 @@ from mlxedge.encodings import MlxFloat
 from mlxedge.fallback.bits import (
     BF16,
     F16,
+    as_input,
     brain,
     flat_bits,
     half,
@@ -81,8 +82,7 @@ def encode(weights: np.ndarray, encoding: MlxFloat) -> Parts:
 
 def decode(parts: Parts, encoding: MlxFloat) -> np.ndarray:
     """Decode to f32 ``[rows, cols]``."""
-    scales = np.ascontiguousarray(parts["scales"])
-    weight = np.ascontiguousarray(parts["weight"])
+    scales, weight = parts["scales"], as_input(parts["weight"])
     *lead, groups = scales.shape
     out = np.empty((*lead, groups * encoding.group), np.float32)
     codes_table, scales_table = _TABLES[encoding.mode]

@@ -44,14 +44,13 @@ def decode(parts: Parts, encoding: Plain) -> np.ndarray:
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     """``array`` (f32, f16 or bf16, any shape) as ``dtype`` ("f32", "f16" or "bf16"), in C order.
 
-    Returns ``array`` itself if nothing has to change. f32 to f16 overflows to infinity as IEEE
+    Returns ``array`` itself if it is that already. f32 to f16 overflows to infinity as IEEE
     says; :func:`first_nonfinite` finds it.
     """
     if dtype not in ("f32", "f16", "bf16"):
         raise UsageError(f"cannot cast to {dtype}: choose f32, f16 or bf16")
-    array = np.asarray(array, order="C")
     if array.dtype == DTYPES[dtype]:
-        return array
+        return np.asarray(array, order="C")
     source, kind = flat_bits(array)
     out = np.empty(array.shape, DTYPES[dtype])
     if dtype == "f32":
@@ -65,7 +64,7 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def first_nonfinite(array: np.ndarray) -> int | None:
     """Flat index (C order) of the first NaN or infinity in an f32, f16 or bf16 array, or None."""
-    source, kind = flat_bits(np.asarray(array, order="C"))
+    source, kind = flat_bits(array)
     bits = source.view(np.uint32) if kind == F32 else source
     index = int(_first_with(bits, bits.dtype.type(_EXPONENT[kind])))
     return None if index < 0 else index
