@@ -205,7 +205,7 @@ def _save(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> None:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
     names = list(tensors)
-    owner = {}
+    owner: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = {n: tensors[n] for n in names[i::shards]}
