@@ -266,16 +266,17 @@ def _translated(error: Exception, repo: str, revision: str | None) -> MlxedgeErr
         return SourceNotFoundError(f"{repo}: a listed file is not there: {_first_line(error)}")
     if status is not None:
         return NetworkError(f"{repo}: the Hub at {endpoint} answered with status {status}")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):  # Xet reports it as text
         return DiskFullError(
             f"{repo}: the disk of {constants.HF_HUB_CACHE} is full; free some space or set HF_HOME "
             "to another disk, then run again"
         )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return OutputError(f"cannot write the cache {constants.HF_HUB_CACHE}: {error}")
-    if isinstance(error, (TransportError, ConnectionError, TimeoutError, OSError)):
+    if isinstance(error, (TransportError, OSError, RuntimeError)):
         return NetworkError(
-            f"{repo}: no answer from {endpoint} ({type(error).__name__}: {_first_line(error)})"
+            f"{repo}: {endpoint} did not deliver ({type(error).__name__}: {_first_line(error)})"
         )
     raise error
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from huggingface_hub.file_download import (
     http_get,
     repo_folder_name,
 )
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, is_xet_available
+from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from mlxedge.errors import CorruptFileError, DiskFullError
 from mlxedge.version import VERSION
@@ -36,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 _WORKERS = 8
 _TRIES = 5
 #: Base of the client's transport errors, whichever httpx it is built on.
-TransportError: type[Exception] = HfHubHTTPError.__bases__[0]  # type: ignore[assignment]
+TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,10 @@ class Downloader:
         """Whether the file comes by plain HTTP into a blob named by its hash."""
         url = hf_hub_url(self.repo, file.name, revision=self.commit)
         remote = get_hf_file_metadata(url)
-        by_xet = remote.xet_file_data is not None and is_xet_available()
+        has_xet = not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
         # Without symlinks the client keeps no blobs.
         links = are_symlinks_supported(constants.HF_HUB_CACHE)
+        by_xet = has_xet and remote.xet_file_data is not None
         return remote.etag == file.sha256 and not by_xet and links
 
     def _fetch_blob(self, file: RemoteFile) -> None:
