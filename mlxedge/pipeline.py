@@ -310,11 +310,11 @@ def _reorder(data: np.ndarray, order: tuple[str, np.ndarray]) -> np.ndarray:
 
 
 def _difference(decoded: np.ndarray, weights: np.ndarray) -> float:
-    """Σ (decoded - weights)²; ``decoded`` is overwritten."""
+    """Σ (decoded - weights)²."""
     import numpy as np
 
     with np.errstate(invalid="ignore", over="ignore"):
-        return _power(np.subtract(decoded, weights, out=decoded))
+        return _power(decoded - weights)
 
 
 def _power(weights: np.ndarray | None) -> float:

@@ -36,7 +36,7 @@ def _check_gguf(path: Path) -> set[tuple[str, int, int]]:
     from mlxedge.sources.gguf import read_gguf
 
     file = read_gguf(path)
-    return {(t.name, file.data_offset + t.offset, t.nbytes) for t in file.tensors}
+    return {(t.name, t.offset, t.nbytes) for t in file.tensors}
 
 
 def _check_safetensors(path: Path) -> set[tuple[str, int, int]]:

@@ -172,7 +172,9 @@ class Staging:
             shutil.rmtree(self.dir, ignore_errors=True)
 
     def keep(self) -> None:
-        """Stop without publishing; what is done stays for the next run."""
+        """Stop without publishing; what is done stays for the next run. No-op once published."""
+        if not self._files:
+            return
         with self._guard, contextlib.suppress(OSError):
             self._sync()
         self.release()

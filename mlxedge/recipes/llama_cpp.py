@@ -176,12 +176,13 @@ def _rule(
     tied: bool,
 ) -> tuple[str, str | None]:
     mix = f"{recipe} mix"
+    kind: str | None = None
     if category == "output" or (category == "token_embd" and tied):
         what = "tied embedding and output" if tied else "output"
         if cols % GGML[base].block:
             return "q8_0", f"{what}: rows of {cols} do not divide into blocks of 256"
-        return ("q8_0" if base == "q8_0" else "q6_k"), f"{what}: {mix}"
-    kind: str | None = None
+        kind = "q8_0" if base == "q8_0" else "q6_k"
+        return kind, None if kind == base else f"{what}: {mix}"
     if category == "attn_v":
         if rule := _ATTN_V.get(recipe):
             kind = rule(ordinal, totals["attn_v"], shape)
