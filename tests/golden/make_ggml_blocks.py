@@ -14,17 +14,25 @@ TYPES = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k",
 PATH = Path(__file__).with_name("ggml_blocks.json")
 
 
-def weights() -> np.ndarray:
-    """Float32 ``[1, 768]``, exact on every machine: integers over powers of two.
+#: Seeds of super-blocks whose K-quant bytes change where a compiler fuses a multiply and an add:
+#: Q2_K and Q5_K, Q4_K, Q3_K, Q6_K.
+FUSION_SHOWS = (1, 18, 314, 480)
 
-    Three super-blocks: mixed signs, all positive, and one that holds zeros and a large outlier.
+
+def weights() -> np.ndarray:
+    """Float32 ``[1, 1536]``, exact on every machine: integers over powers of two.
+
+    Six super-blocks: ``FUSION_SHOWS``, one all positive, one with zeros and a large outlier.
     """
-    i = np.arange(768, dtype=np.int64)
-    x = ((i * i * 31 + i * 17) % 4093 - 2046) / 2.0 ** (11 + (i // 48) % 5)
-    x[256:512] = np.abs(x[256:512]) + 0.125
-    x[544:608] = 0
-    x[700] = -37.25
-    return x.astype(np.float32).reshape(1, -1)
+    i = np.arange(256, dtype=np.int64)
+    blocks = [
+        ((i * i * (31 + 2 * seed) + i * 17 * (seed + 1)) % 4093 - 2046) / 2.0**11
+        for seed in (*FUSION_SHOWS, 0, 2)
+    ]
+    blocks[4] = np.abs(blocks[4]) + 0.125
+    blocks[5] = np.where(i // 64 == 1, 0, blocks[5] / 2.0 ** (i // 48))
+    blocks[5][200] = -37.25
+    return np.concatenate(blocks).astype(np.float32).reshape(1, -1)
 
 
 def main() -> None:
