@@ -154,15 +154,15 @@ def unpack(packed: np.ndarray, bits: int, codes: np.ndarray) -> None:
         return
     words = codes.view(_U64)
     width = _U64(bits)
-    mask = _U64((1 << bits) - 1) * _U64(0x0101010101010101)
-    pairs = _U64((1 << (2 * bits)) - 1) * _U64(0x0001000100010001)
-    quads = _U64((1 << (4 * bits)) - 1)
+    code = _U64((1 << bits) - 1) * _U64(0x0001000100010001)
+    pair = _U64((1 << (2 * bits)) - 1) * _U64(0x0000000100000001)
+    quad = _U64((1 << (4 * bits)) - 1)
     for i in range(words.size):
         piece = packed[i * bits : (i + 1) * bits]
         x = _U64(0)
         for k in range(piece.size):
             x |= _U64(piece[k]) << _U64(8 * k)
-        x = (x & quads) | ((x >> (width * _U64(4))) << _U64(32))
-        x = (x | (x << (_U64(16) - width - width))) & pairs
-        x = (x | (x << (_U64(8) - width))) & mask
+        x = (x & quad) | ((x >> (width * _U64(4))) << _U64(32))
+        x = (x & pair) | (((x >> (width + width)) & pair) << _U64(16))
+        x = (x & code) | (((x >> width) & code) << _U64(8))
         words[i] = x
