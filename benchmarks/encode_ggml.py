@@ -1,0 +1,91 @@
+"""Speed of our ggml encoders beside ggml's own C, on one matrix, one thread each.
+
+    python benchmarks/encode_ggml.py                # every type
+    python benchmarks/encode_ggml.py --types q4_k q6_k --repeats 9 --json
+
+The C is ``ggml_quantize_chunk`` of the ``xllamacpp`` wheel (pip install 'mlxedge[test]'). The two
+take turns; the figures are medians over the rounds. The first call of an encoder, which compiles
+it unless numba's cache has it, is timed apart. The bytes of both are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from common import host
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from oracles import ggml
+
+from mlxedge.encodings import GGML
+from mlxedge.fallback.ggml_encode import ENCODERS
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def measure(name: str, weights: np.ndarray, repeats: int) -> dict[str, object]:
+    """Million weights a second of ours and of ggml's C, medians of ``repeats`` rounds."""
+    rows, cols = weights.shape
+    ours = np.zeros((rows, GGML[name].nbytes((cols,))), np.uint8)
+    theirs = np.zeros_like(ours)
+    first = seconds(lambda: ENCODERS[name](weights[:1], ours[:1]))
+    ENCODERS[name](weights, ours)
+    ggml.quantize(name, weights, theirs)
+    rounds = [
+        (
+            seconds(lambda: ENCODERS[name](weights, ours)),
+            seconds(lambda: ggml.quantize(name, weights, theirs)),
+        )
+        for _ in range(repeats)
+    ]
+    speed = [weights.size / 1e6 / statistics.median(side) for side in zip(*rounds, strict=True)]
+    return {
+        "type": name,
+        "mweights_per_s": round(speed[0], 1),
+        "ggml_mweights_per_s": round(speed[1], 1),
+        "ratio": round(statistics.median(c / o for o, c in rounds), 2),
+        "differing_bytes": int((ours != theirs).sum()),
+        "first_call_s": round(first, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--types", nargs="+", choices=ENCODERS, default=list(ENCODERS))
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--cols", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((options.rows, options.cols), np.float32)
+    results = [measure(name, weights, options.repeats) for name in options.types]
+    if options.json:
+        print(json.dumps({"shape": weights.shape, "results": results, "host": host()}))
+        return
+    print(f"{options.rows} x {options.cols} normal weights, one thread, million weights a second")
+    print(f"{'type':6}{'ours':>9}{'ggml':>9}{'ratio':>8}{'bytes differ':>14}{'first call':>12}")
+    for r in results:
+        print(
+            f"{r['type']:6}{r['mweights_per_s']:9}{r['ggml_mweights_per_s']:9}{r['ratio']:8}"
+            f"{r['differing_bytes']:14}{r['first_call_s']:10} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
