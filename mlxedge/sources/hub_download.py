@@ -197,6 +197,13 @@ class Downloader:
                 tries = _TRIES if partial.stat().st_size > have else tries - 1
                 if tries == 0:
                     raise
+            except OSError as error:
+                # Without a number it is the client's: the bytes do not add up to the size, as when
+                # a server ignores ranges and an older client appends the whole file.
+                tries -= 1
+                if error.errno is not None or tries == 0:
+                    raise
+                partial.unlink()
 
     def _intact(self, path: Path, file: RemoteFile) -> bool:
         """Whether the bytes have the hash that the Hub lists."""
