@@ -349,11 +349,11 @@ def transpose(
             pointer = _address(context, builder, source, from_array, index)
             rows.append(builder.load(builder.bitcast(pointer, F32.vector.as_pointer()), align=1))
         # Interleaving the two halves of the rows log2(16) times is a transposition.
+        middle = LANES // 2
         for _ in range(4):
-            half = LANES // 2
             rows = [
-                builder.shuffle_vector(rows[k], rows[k + half], ir.Constant(mask_type, pick))
-                for k in range(half)
+                builder.shuffle_vector(rows[k], rows[k + middle], ir.Constant(mask_type, pick))
+                for k in range(middle)
                 for pick in (low, high)
             ]
         for i, row in enumerate(rows):
