@@ -1,74 +1,16 @@
-"""What every MLX encoder needs: arrays in and out, C's order of sums, C's rounding of floats.
+"""C's arithmetic where MLX has another or none, and bit packing.
 
-Why the encoders look as they do. ggml and MLX define their encoders as C loops, and a float sum
-depends on its order, so a reduction such as ``mx.sum`` (order unspecified, different on each
-device) would change bytes. Blocks are therefore laid out as ``[position, block]``: each operation
-works on all blocks at once, and sums go through the positions one by one, as C does.
+What does not fit an integer is undefined when C converts a float; here it is what x86-64 computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-import ml_dtypes
 import mlx.core as mx
-import numpy as np
-
-from mlxedge.encodings import Encoding
-from mlxedge.errors import UsageError
-
-#: NumPy dtypes by the short names that encodings use for their parts.
-NUMPY_DTYPES: dict[str, np.dtype] = {
-    "f32": np.dtype(np.float32),
-    "f16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-    "u32": np.dtype(np.uint32),
-    "u8": np.dtype(np.uint8),
-}
-MLX_FLOATS = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
 
 #: 1.5 · 2^23. Adding it leaves the nearest integer (ties to even) in a float's low mantissa bits.
 MAGIC = 12582912.0
 MANTISSA = 0x007FFFFF
 MAGIC_MANTISSA = 0x00400000
-
-
-def to_mlx(array: np.ndarray) -> mx.array:
-    """Copy a NumPy array (bf16 too) to MLX."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(array)
-
-
-def to_numpy(array: mx.array) -> np.ndarray:
-    """Copy an MLX array (bf16 too) to NumPy."""
-    if array.dtype == mx.bfloat16:
-        return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
-    return np.array(array)
-
-
-def chunks(blocks: int, block_size: int, weights_at_once: int) -> Iterator[slice]:
-    """Slices of ``blocks`` that hold at most ``weights_at_once`` weights each."""
-    step = max(1, weights_at_once // block_size)
-    for start in range(0, blocks, step):
-        yield slice(start, min(blocks, start + step))
-
-
-def as_blocks(weights: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """View weights ``[rows, cols]`` as ``[rows * cols / block, block]``; blocks never cross rows.
-
-    Raises UsageError for another rank, a dtype other than f32, f16 and bf16, or a width that is
-    no multiple of the block.
-    """
-    if weights.ndim != 2:
-        raise UsageError(f"{encoding}: expected weights [rows, cols], got shape {weights.shape}")
-    if weights.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
-        raise UsageError(f"{encoding}: expected f32, f16 or bf16 weights, got {weights.dtype}")
-    if weights.shape[1] % encoding.block:
-        raise UsageError(
-            f"{encoding}: width {weights.shape[1]} is no multiple of the block of {encoding.block}"
-        )
-    return weights.reshape(-1, encoding.block)
 
 
 def first_absmax(x: mx.array, axis: int) -> tuple[mx.array, mx.array]:
@@ -82,6 +24,15 @@ def first_absmax(x: mx.array, axis: int) -> tuple[mx.array, mx.array]:
     return mx.take_along_axis(magnitude, at, axis), mx.take_along_axis(x, at, axis)
 
 
+def first_range(x: mx.array, axis: int) -> tuple[mx.array, mx.array]:
+    """The first least and the first greatest value along ``axis`` (both keep the axis).
+
+    Of 0 and -0 the first counts, which a plain minimum leaves open.
+    """
+    low, high = (pick(x, axis=axis, keepdims=True) for pick in (mx.argmin, mx.argmax))
+    return mx.take_along_axis(x, low, axis), mx.take_along_axis(x, high, axis)
+
+
 def nearest_int(x: mx.array) -> mx.array:
     """ggml's ``nearest_int``, i32: ties to even, and for NaN, infinity or abs(x) > 4194303 the
     same low mantissa bits that C leaves (llama.cpp ``ggml-quants.c``)."""
@@ -89,7 +40,7 @@ def nearest_int(x: mx.array) -> mx.array:
 
 
 def truncate_u8(x: mx.array) -> mx.array:
-    """``(uint8_t)(int32_t)x`` as x86-64 computes it: what does not fit an i32 becomes 0."""
+    """``(uint8_t)(int32_t)x``; what does not fit an i32 becomes 0."""
     fits = mx.abs(x) < 2147483648.0
     return (mx.where(fits, x, 0.0).astype(mx.int32) & 0xFF).astype(mx.uint8)
 
@@ -107,28 +58,42 @@ def reciprocal_or_zero(d: mx.array) -> mx.array:
     return mx.where(d == 0, 0.0, 1.0 / d)
 
 
-def f16_bytes(x: mx.array) -> mx.array:
-    """f32 ``[N, k]`` rounded to f16 (nearest, ties to even), as u8 ``[N, 2k]`` little-endian."""
-    return mx.contiguous(x.astype(mx.float16)).view(mx.uint8)
-
-
-def f16_from_bytes(raw: mx.array) -> mx.array:
-    """The f16 values stored in u8 ``[N, 2k]``, as f32 ``[N, k]``."""
-    return mx.contiguous(raw).view(mx.float16).astype(mx.float32)
-
-
 def join_fields(fields: list[mx.array]) -> mx.array:
-    """Concatenate u8 ``[N, ...]`` fields to ``[N, bytes]``."""
+    """Concatenate integer ``[N, k]`` fields below 256 to u8 ``[N, bytes]``."""
     return mx.concatenate([f.astype(mx.uint8) for f in fields], axis=1)
 
 
 def combine_bits(parts: list[mx.array], shift: int) -> mx.array:
-    """``parts[0] | parts[1] << shift | parts[2] << 2 shift …`` of integers that do not overlap."""
+    """``parts[0] | parts[1] << shift | parts[2] << 2 shift …``, u32."""
     total = parts[0].astype(mx.uint32)
     for i, part in enumerate(parts[1:], 1):
         total = total | (part.astype(mx.uint32) << (i * shift))
     return total
 
 
-Encoder = Callable[[mx.array], dict[str, mx.array]]
-Decoder = Callable[[dict[str, mx.array]], mx.array]
+def pack_stream(codes: mx.array, bits: int) -> mx.array:
+    """Codes u32 below 2^bits as one little-endian bit stream: u32 ``[codes · bits / 32]``.
+
+    The number of codes is a multiple of 32, so the stream repeats itself every ``bits`` words.
+    """
+    columns = codes.reshape(-1, 32)
+    words = [mx.zeros_like(columns[:, 0])] * bits
+    for i in range(32):
+        word, offset = divmod(i * bits, 32)
+        words[word] = words[word] | (columns[:, i] << offset)
+        if offset + bits > 32:
+            words[word + 1] = words[word + 1] | (columns[:, i] >> (32 - offset))
+    return mx.stack(words, axis=1).reshape(-1)
+
+
+def unpack_stream(words: mx.array, bits: int) -> mx.array:
+    """The inverse of :func:`pack_stream`."""
+    columns = words.reshape(-1, bits)
+    codes = []
+    for i in range(32):
+        word, offset = divmod(i * bits, 32)
+        code = columns[:, word] >> offset
+        if offset + bits > 32:
+            code = code | (columns[:, word + 1] << (32 - offset))
+        codes.append(code & ((1 << bits) - 1))
+    return mx.stack(codes, axis=1).reshape(-1)

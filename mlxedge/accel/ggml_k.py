@@ -10,11 +10,11 @@ import mlx.core as mx
 
 from mlxedge.accel.arrays import (
     combine_bits,
-    f16_bytes,
     first_absmax,
     join_fields,
     nearest_int,
 )
+from mlxedge.accel.casts import f16_bytes, round_through
 from mlxedge.accel.k_search import GROUP_MAX_EPS, KSearch
 
 BLOCK = 256
@@ -28,10 +28,6 @@ def _by_position(x: mx.array, size: int) -> mx.array:
 def _by_block(columns: mx.array) -> mx.array:
     """Back from ``[size, M]`` to ``[N, sub-blocks, size]``."""
     return columns.T.reshape(-1, BLOCK // columns.shape[0], columns.shape[0])
-
-
-def _rounded_f16(x: mx.array) -> mx.array:
-    return x.astype(mx.float16).astype(mx.float32)
 
 
 def _largest(x: mx.array) -> mx.array:
@@ -97,8 +93,8 @@ def encode_q2_k(x: mx.array, search: KSearch) -> mx.array:
     levels = _requantize(
         x.reshape(-1, 16, 16),
         _by_block(levels),
-        _rounded_f16(d) * (packed & 15).astype(mx.float32),
-        _rounded_f16(dmin) * (packed >> 4).astype(mx.float32),
+        round_through(d, "f16") * (packed & 15).astype(mx.float32),
+        round_through(dmin, "f16") * (packed >> 4).astype(mx.float32),
         0,
         3,
     )
@@ -117,7 +113,7 @@ def encode_q3_k(x: mx.array, search: KSearch) -> mx.array:
     levels = _requantize(
         x.reshape(-1, 16, 16),
         _by_block(levels),
-        _rounded_f16(d) * (stored - 32).astype(mx.float32),
+        round_through(d, "f16") * (stored - 32).astype(mx.float32),
         None,
         -4,
         3,
@@ -152,8 +148,8 @@ def _encode_with_six_bit_scales(
     levels = _requantize(
         x.reshape(-1, 8, 32),
         _by_block(levels),
-        _rounded_f16(d) * ls.astype(mx.float32),
-        _rounded_f16(dmin) * lm.astype(mx.float32),
+        round_through(d, "f16") * ls.astype(mx.float32),
+        round_through(dmin, "f16") * lm.astype(mx.float32),
         0,
         nmax,
     )
@@ -181,7 +177,7 @@ def encode_q6_k(x: mx.array, search: KSearch) -> mx.array:
     levels = _requantize(
         x.reshape(-1, 16, 16),
         _by_block(levels),
-        _rounded_f16(d) * stored.astype(mx.float32),
+        round_through(d, "f16") * stored.astype(mx.float32),
         None,
         -32,
         31,
@@ -189,9 +185,7 @@ def encode_q6_k(x: mx.array, search: KSearch) -> mx.array:
     low, high = (levels & 15).reshape(-1, 2, 4, 32), (levels >> 4).reshape(-1, 2, 4, 32)
     ql = low[:, :, :2] | (low[:, :, 2:] << 4)
     qh = combine_bits([high[:, :, i] for i in range(4)], shift=2)
-    block = join_fields(
-        [ql.reshape(-1, 128), qh.reshape(-1, 64), stored & 0xFF, f16_bytes(d)]
-    )
+    block = join_fields([ql.reshape(-1, 128), qh.reshape(-1, 64), stored & 0xFF, f16_bytes(d)])
     return mx.where(max_abs < GROUP_MAX_EPS, mx.array(0, mx.uint8), block)
 
 

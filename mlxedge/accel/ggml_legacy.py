@@ -10,13 +10,14 @@ import mlx.core as mx
 
 from mlxedge.accel.arrays import (
     combine_bits,
-    f16_bytes,
     first_absmax,
+    first_range,
     join_fields,
     reciprocal_or_zero,
     round_half_away,
     truncate_u8,
 )
+from mlxedge.accel.casts import f16_bytes
 
 HALF = 16
 
@@ -44,8 +45,8 @@ def _symmetric_codes(x: mx.array, levels: int) -> tuple[mx.array, mx.array]:
 
 def _offset_codes(x: mx.array, levels: int) -> tuple[mx.array, mx.array, mx.array]:
     """Scale, minimum, and codes that may pass levels - 1 by rounding."""
-    low = x.min(axis=1, keepdims=True)
-    d = (x.max(axis=1, keepdims=True) - low) / float(levels - 1)
+    low, high = first_range(x, axis=1)
+    d = (high - low) / float(levels - 1)
     scaled = (x - low) * reciprocal_or_zero(d)
     return d, low, truncate_u8(scaled + 0.5)
 

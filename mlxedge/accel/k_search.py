@@ -52,7 +52,9 @@ def _levels(bits: mx.array, low: mx.array, high: mx.array) -> mx.array:
     return mx.minimum(mx.maximum(levels, low), high).astype(mx.float32)
 
 
-def _affine_terms(bits: mx.array, x: mx.array, w: mx.array, low: mx.array, high: mx.array) -> Arrays:
+def _affine_terms(
+    bits: mx.array, x: mx.array, w: mx.array, low: mx.array, high: mx.array
+) -> Arrays:
     levels = _levels(bits, low, high)
     wl = w * levels
     return levels, wl, wl * levels, wl * x
