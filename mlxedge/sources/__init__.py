@@ -43,7 +43,7 @@ def open_source(
         )
     snapshot = download(
         hub.repo,
-        revision=_one_revision(hub.revision, revision),
+        revision=one_revision(hub.revision, revision),
         gguf=hub.file,
         offline=offline,
         progress=progress,
@@ -72,14 +72,14 @@ def fetch(
         raise SourceNotFoundError(f"{repo}: not a Hub id (org/name or org/name@revision)")
     return download(
         hub.repo,
-        revision=_one_revision(hub.revision, revision),
+        revision=one_revision(hub.revision, revision),
         gguf=gguf or hub.file,
         progress=progress,
         warn=warn,
     ).path
 
 
-def _one_revision(in_spec: str | None, argument: str | None) -> str | None:
+def one_revision(in_spec: str | None, argument: str | None) -> str | None:
     if in_spec and argument and in_spec != argument:
         raise UsageError(f"two revisions: {in_spec!r} in the source and {argument!r} beside it")
     return in_spec or argument

@@ -1,0 +1,387 @@
+"""What a model file or folder holds, without reading its weights.
+
+Anything that can be listed is listed, known architecture or not: Hugging Face and MLX folders,
+GGUF files, a safetensors file alone, and repositories on the Hub, of which only the heads of the
+weight files are read.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.errors import DiskFullError, MlxedgeError
+from mlxedge.sources import open_source
+
+if TYPE_CHECKING:
+    from mlxedge.gguf_values import GgufValue, Metadata
+    from mlxedge.sources.checkpoint import Checkpoint
+    from mlxedge.sources.folder import Weights
+    from mlxedge.sources.hub import HubSpec, Warn
+    from mlxedge.sources.hub_download import Progress
+    from mlxedge.sources.safetensors import SafetensorsFile
+
+#: What is tried to tell whether a model can be converted: one target of each format.
+_TRIALS = {"mlx": "mlx:bf16", "gguf": "gguf:bf16", "hf": "hf:bf16"}
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+_ABBREVIATED = 8
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its file has it; ``shape`` is row-major and in weights, not in packed words."""
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: str
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TypeCount:
+    """What one encoding holds: ``tensors``, ``weights``, ``nbytes``."""
+
+    tensors: int = 0
+    weights: int = 0
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found. A field is ``None`` where the source does not say.
+
+    ``kind`` is "hf", "mlx", "gguf" or "safetensors"; ``files`` maps the names of the files that
+    make up the model to their sizes; ``metadata`` is a GGUF file's, or what the JSON files of a
+    folder and the headers of its weights say, under ``config.``, ``generation_config.`` and
+    ``safetensors.``. ``obstacles`` has for each format of ``mlxedge convert`` why the model cannot
+    be converted to it, or ``None`` if it can.
+    """
+
+    name: str
+    kind: str
+    files: dict[str, int]
+    tensors: list[TensorInfo]
+    metadata: dict[str, Any]
+    obstacles: dict[str, str | None]
+    architecture: str | None = None
+    quantization: str | None = None
+    context_length: int | None = None
+    vocab_size: int | None = None
+    license: str | None = None
+    base_model: str | None = None
+    has_tokenizer: bool = False
+    has_chat_template: bool = False
+    path: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.size for t in self.tensors)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Over all tensors, scales included; ``None`` without weights."""
+        return 8 * self.weight_bytes / self.parameters if self.parameters else None
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(self.files.values())
+
+    def types(self) -> dict[str, TypeCount]:
+        """Encodings by bytes, the largest first."""
+        counts: dict[str, TypeCount] = {}
+        for t in self.tensors:
+            c = counts.get(t.encoding, TypeCount())
+            counts[t.encoding] = TypeCount(c.tensors + 1, c.weights + t.size, c.nbytes + t.nbytes)
+        return dict(sorted(counts.items(), key=lambda item: -item[1].nbytes))
+
+
+def inspect(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    warn: Warn | None = None,
+) -> Inspection:
+    """Look at ``source``: whatever :func:`mlxedge.open_source` takes, a safetensors file, and
+    models of any architecture.
+
+    Of a Hub repository the config, the tokenizer and the heads of the weight files are read.
+    Raises SourceError and its kind.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        from mlxedge.sources import one_revision
+        from mlxedge.sources.hub import parse_spec
+
+        if isinstance(source, str) and (spec := parse_spec(source)):
+            return _inspect_hub(spec, one_revision(spec.revision, revision), progress, warn)
+        open_source(source)  # says what a source can be
+    from mlxedge.sources.folder import PICKLES
+
+    if path.is_dir():
+        return _inspect_folder(path)
+    if path.suffix == ".safetensors":
+        return _inspect_safetensors(path)
+    if PICKLES.fullmatch(path.name):
+        open_source(path)  # refuses it
+    return _inspect_gguf(path)
+
+
+def _inspect_hub(
+    spec: HubSpec, revision: str | None, progress: Progress | None, warn: Warn | None
+) -> Inspection:
+    from mlxedge.sources.hub import download
+
+    snapshot = download(spec.repo, revision=revision, gguf=spec.file, progress=progress, warn=warn)
+    found = inspect(snapshot.path)
+    return replace(found, repo=snapshot.repo, revision=snapshot.commit)
+
+
+def _inspect_gguf(path: Path) -> Inspection:
+    from mlxedge.sources.gguf import read_gguf
+    from mlxedge.sources.gguf_model import model_name
+
+    gguf = read_gguf(path)
+    values = {key: _shortest(v) for key, v in gguf.metadata.items()}
+    arch = values.get("general.architecture")
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens")
+    vocab = values.get(f"{arch}.vocab_size")
+    return Inspection(
+        name=model_name(path),
+        kind="gguf",
+        path=path,
+        files={path.name: path.stat().st_size},
+        tensors=[TensorInfo(t.name, t.shape, t.encoding.name, t.nbytes) for t in gguf.tensors],
+        metadata={"gguf.version": gguf.version, **values},
+        obstacles=_obstacles(lambda: open_source(path)),
+        architecture=arch if isinstance(arch, str) else None,
+        quantization=gguf_label(gguf.metadata),
+        context_length=_integer(values.get(f"{arch}.context_length")),
+        vocab_size=_integer(vocab) or (len(tokens.value) if tokens else None),
+        license=_string(values.get("general.license")),
+        base_model=_string(values.get("general.base_model.0.name")),
+        has_tokenizer=tokens is not None,
+        has_chat_template="tokenizer.chat_template" in values,
+    )
+
+
+def _inspect_folder(folder: Path) -> Inspection:
+    from mlxedge.sources import folder as common
+
+    config = _json_if_there(folder / common.CONFIG)
+    shards = common.find_shards(folder)
+    with closing(common.Weights(shards)) as weights:
+        kind, tensors = _folder_tensors(folder, config, weights)
+        header = _headers(weights.files)
+    tokenizer, side = common.read_tokenizer(folder)
+    generation = _json_if_there(folder / common.GENERATION_CONFIG)
+    for name in (common.CONFIG, common.GENERATION_CONFIG):
+        if (folder / name).is_file():
+            side.append(folder / name)
+    files = [*shards.files, *([shards.index] if shards.index else []), *side]
+    metadata = _prefixed("config", config) | _prefixed("generation_config", generation) | header
+    return Inspection(
+        name=common.model_name(folder),
+        kind=kind,
+        path=folder,
+        files={f.relative_to(folder).as_posix(): f.stat().st_size for f in files},
+        tensors=tensors,
+        metadata=metadata,
+        obstacles=_obstacles(lambda: open_source(folder)),
+        quantization=folder_label(config, tensors),
+        license=common.read_license(folder),
+        has_tokenizer=tokenizer is not None,
+        has_chat_template=tokenizer is not None and _has_template(tokenizer.files),
+        **_of_config(config),
+    )
+
+
+def _inspect_safetensors(path: Path) -> Inspection:
+    from mlxedge.sources.safetensors import SafetensorsFile
+
+    with closing(SafetensorsFile(path)) as file:
+        tensors = _entries([file])
+        header = _headers([file])
+    why = f"weights alone; give the folder, if it also holds config.json: {path.absolute().parent}"
+    return Inspection(
+        name=path.stem,
+        kind="safetensors",
+        path=path,
+        files={path.name: path.stat().st_size},
+        tensors=tensors,
+        metadata=header,
+        obstacles=dict.fromkeys(_TRIALS, why),
+        quantization=folder_label({}, tensors),
+    )
+
+
+def _folder_tensors(
+    folder: Path, config: dict[str, Any], weights: Weights
+) -> tuple[str, list[TensorInfo]]:
+    """ "hf" or "mlx", and the tensors; codes, scales and biases of MLX count as one tensor."""
+    from mlxedge.sources.mlx_dir import is_mlx, mlx_tensors
+
+    if not is_mlx(config, weights):
+        return "hf", _entries(weights.files)
+    try:
+        found = mlx_tensors(folder, config, weights)
+    except MlxedgeError:
+        # What is wrong is said by the obstacles; here the parts are listed as they are.
+        return "mlx", _entries(weights.files)
+    return "mlx", [TensorInfo(t.name, t.shape, t.encoding.name, t.nbytes) for t in found.values()]
+
+
+def _entries(files: Iterable[SafetensorsFile]) -> list[TensorInfo]:
+    return [
+        TensorInfo(e.name, e.shape, e.dtype, e.nbytes) for f in files for e in f.entries.values()
+    ]
+
+
+def _headers(files: Iterable[SafetensorsFile]) -> dict[str, Any]:
+    merged: dict[str, str] = {}
+    for file in files:
+        merged |= file.metadata
+    return _prefixed("safetensors", merged)
+
+
+def _of_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that config.json tells; multimodal models keep the text model's inside."""
+    inner = config.get("text_config")
+    text = config | inner if isinstance(inner, dict) else config
+    contexts = (_integer(text.get(key)) for key in _CONTEXT)
+    base = config.get("base_model") or config.get("_name_or_path")
+    return {
+        "architecture": _string(config.get("model_type")),
+        "context_length": next((c for c in contexts if c), None),
+        "vocab_size": _integer(text.get("vocab_size")),
+        "base_model": _string(base) or None,
+    }
+
+
+def _has_template(files: Mapping[str, bytes]) -> bool:
+    return any(name.endswith((".jinja", "chat_template.json")) for name in files) or (
+        b'"chat_template"' in files.get("tokenizer_config.json", b"")
+    )
+
+
+def _obstacles(opener: Callable[[], Checkpoint]) -> dict[str, str | None]:
+    """Plan a conversion to each format, and keep what it complains about."""
+    from mlxedge.convert import plan_conversion
+    from mlxedge.targets import parse_target
+
+    try:
+        checkpoint = opener()
+    except MlxedgeError as error:
+        return dict.fromkeys(_TRIALS, str(error))
+    found: dict[str, str | None] = {}
+    with checkpoint:
+        for kind, spec in _TRIALS.items():
+            target = parse_target(spec)
+            # Nothing is written there; the name is new, so that nothing is in the way.
+            out = Path(tempfile.gettempdir()) / target.default_name(f"mlxedge-{uuid.uuid4().hex}")
+            try:
+                plan_conversion(checkpoint, [target], out)
+                found[kind] = None
+            except DiskFullError:
+                found[kind] = None  # the disk of the trial is not the one to write to
+            except MlxedgeError as error:
+                found[kind] = str(error)
+    return found
+
+
+def gguf_label(metadata: Metadata) -> str | None:
+    """``general.file_type`` by the name that llama.cpp prints: "Q4_K_M", "F16"."""
+    from gguf import LlamaFileType
+
+    value = metadata.get("general.file_type")
+    if value is None or type(value.value) is not int:
+        return None
+    try:
+        return LlamaFileType(value.value).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        return f"file type {value.value}"
+
+
+def folder_label(config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> str | None:
+    """How a folder's weights are stored: "4-bit g64", "mxfp4", a foreign method, or the dtype that
+    takes most bytes."""
+    rules = config.get("quantization")
+    if isinstance(rules, dict) and rules:
+        mode = rules.get("mode", "affine")
+        mixed = any(isinstance(v, dict) for v in rules.values())
+        name = mode if mode != "affine" else f"{rules.get('bits')}-bit g{rules.get('group_size')}"
+        return f"{name} mixed" if mixed else str(name)
+    foreign = config.get("quantization_config")
+    if isinstance(foreign, dict) and foreign.get("quant_method"):
+        return str(foreign["quant_method"])
+    sizes: dict[str, int] = {}
+    for t in tensors:
+        sizes[t.encoding] = sizes.get(t.encoding, 0) + t.nbytes
+    return max(sizes, key=lambda name: sizes[name], default=None)
+
+
+def abbreviate(value: Any) -> Any:
+    """``value`` with long arrays cut to ``{"length": n, "first": […]}``."""
+    if isinstance(value, list) and len(value) > _ABBREVIATED:
+        return {"length": len(value), "first": [abbreviate(v) for v in value[:_ABBREVIATED]]}
+    if isinstance(value, list):
+        return [abbreviate(v) for v in value]
+    if isinstance(value, dict):
+        return {k: abbreviate(v) for k, v in value.items()}
+    return value
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's types: arrays as lists, NaN and infinities as text."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    return value
+
+
+def _shortest(value: GgufValue) -> Any:
+    """``plain``, with an f32 as the shortest decimal that gives it: 1e-05."""
+    import numpy as np
+
+    if value.kind == "f32" and math.isfinite(value.value):
+        return float(str(np.float32(value.value)))
+    return plain(value.value)
+
+
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}.{key}": plain(value) for key, value in values.items()}
+
+
+def _json_if_there(path: Path) -> dict[str, Any]:
+    from mlxedge.sources.folder import read_json
+
+    return read_json(path) if path.is_file() else {}
+
+
+def _integer(value: Any) -> int | None:
+    return value if type(value) is int else None
+
+
+def _string(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
