@@ -108,7 +108,7 @@ class _Head:
         end = self.at + count
         if end > len(self._buffer):
             if end > self.size:
-                self.fail(f"{what} needs {count} bytes, the file ends after {self.size - self.at}")
+                self.fail(f"the file ends inside {what}: {self.size - self.at} of {count} bytes")
             if end > MAX_HEADER:
                 self.fail(f"{what}: the metadata is larger than {MAX_HEADER} bytes")
             have = len(self._buffer)
@@ -178,7 +178,7 @@ class _Head:
                 self.fail(f"{what}, string {len(result)}, is not UTF-8", begin + error.start)
             self.at = at
             if len(result) < count:
-                item = f"{what}, string {len(result)},"
+                item = f"{what}, string {len(result)}"
                 length = unpack(self.need(8, item), at)[0]
                 self.need(8 + length, item)
         return result
