@@ -31,7 +31,7 @@ def open_source(
     :func:`mlxedge.sources.hub.download`, which also lists what is raised. No weights are read.
     """
     path = Path(spec).expanduser()
-    if path.exists():
+    if spec and path.exists():
         return _open_path(path)
     from mlxedge.sources.hub import download, parse_spec
 
