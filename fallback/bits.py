@@ -54,7 +54,7 @@ def flat_bits(array: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 @kernel
-def half(bits: int) -> Any:
+def half(bits: Any) -> Any:
     """The float32 of IEEE binary16 ``bits``; NaN keeps sign and payload. Exact.
 
     No arithmetic on subnormals, so that it holds in a process that flushes them to zero.
@@ -88,7 +88,7 @@ def to_half(value: Any) -> Any:
 
 
 @kernel
-def brain(bits: int) -> Any:
+def brain(bits: Any) -> Any:
     """The float32 of bfloat16 ``bits``. Exact."""
     return _U32(_U32(bits) << _U32(16)).view(_FLOAT)
 

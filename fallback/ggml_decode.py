@@ -12,6 +12,7 @@ in C order. It releases the GIL and allocates nothing of the size of the tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -49,13 +50,13 @@ _NV_SCALES = _half_e4m3()
 
 
 @kernel
-def _float(code: int) -> float:
+def _float(code: Any) -> Any:
     """A small integer as float32, without a detour over 64 bits."""
     return _FLOAT(_INT(code))
 
 
 @kernel
-def _f16(block: np.ndarray, at: int) -> float:
+def _f16(block: np.ndarray, at: int) -> Any:
     """The f16 at byte ``at``."""
     return half(_U32(block[at]) | _U32(_U32(block[at + 1]) << _U32(8)))
 
@@ -79,7 +80,7 @@ def _q4_1(blocks: np.ndarray, out: np.ndarray) -> None:
 
 
 @kernel
-def _fifth_bits(block: np.ndarray, at: int) -> int:
+def _fifth_bits(block: np.ndarray, at: int) -> Any:
     """The u32 at byte ``at``: bit j is bit 4 of code j."""
     return (
         _U32(block[at])

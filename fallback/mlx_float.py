@@ -29,6 +29,8 @@ values, rounded to the dtype it is asked for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
@@ -97,7 +99,7 @@ def decode(parts: Parts, encoding: MlxFloat) -> np.ndarray:
 
 
 @kernel
-def _to_e4m3(value: float) -> int:
+def _to_e4m3(value: Any) -> Any:
     """The E4M3 code nearest to a float32, ties to even, saturating at ±448."""
     pattern = _U32(_FLOAT(value).view(_U32))
     sign = _U32((pattern >> _U32(24)) & _U32(0x80))
@@ -112,16 +114,16 @@ def _to_e4m3(value: float) -> int:
 
 
 @kernel
-def _to_e8m0(value: float) -> int:
+def _to_e8m0(value: Any) -> Any:
     """The byte of the least power of two that is not below a float32 ≥ 0; 127 for zero."""
-    pattern = _U32(_FLOAT(value).view(_U32))
+    pattern: Any = _U32(_FLOAT(value).view(_U32))
     exponent, mantissa = pattern >> _U32(23), pattern & _U32(0x7FFFFF)
     above = mantissa > _U32(0x400000) if exponent == 0 else mantissa != _U32(0)
     return np.uint8(min(exponent + above, 255) if pattern != 0 else 127)
 
 
 @kernel
-def _as_kind(value: float, kind: int) -> float:
+def _as_kind(value: Any, kind: int) -> Any:
     """A float32 rounded to f16 or bf16."""
     if kind == F16:
         return half(to_half(value))

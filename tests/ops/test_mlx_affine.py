@@ -41,7 +41,9 @@ def test_bytes_are_those_of_mx_quantize(bits: int, group: int, dtype: str) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(
-    arrays(np.float32, (2, 128), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
+    arrays(
+        np.float32, (2, 128), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
+    ),
     st.sampled_from(AFFINE_BITS),
     st.sampled_from(AFFINE_GROUPS),
 )

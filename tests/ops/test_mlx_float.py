@@ -17,7 +17,7 @@ LARGEST = {"mxfp4": 6.0, "mxfp8": 448.0, "nvfp4": 6.0}
 
 
 def ordinary(weights: np.ndarray, encoding: MlxFloat) -> np.ndarray:
-    """The groups where MLX's result is sound: see the docstring of ``mlxedge.fallback.mlx_float``."""
+    """The groups where MLX's result is sound; ``mlxedge.fallback.mlx_float`` says which."""
     groups = weights.astype(np.float64).reshape(-1, encoding.group)
     largest = np.abs(groups).max(axis=1) / LARGEST[encoding.mode]
     if encoding.mode == "nvfp4":
