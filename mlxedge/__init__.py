@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlxedge.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from mlxedge.convert import convert
+    from mlxedge.conversion import convert
     from mlxedge.errors import MlxedgeError
     from mlxedge.generate import Model, load
     from mlxedge.sources import fetch, open_source
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HOME = {
     "MlxedgeError": "mlxedge.errors",
     "Model": "mlxedge.generate",
-    "convert": "mlxedge.convert",
+    "convert": "mlxedge.conversion",
     "fetch": "mlxedge.sources",
     "load": "mlxedge.generate",
     "open_source": "mlxedge.sources",

@@ -282,7 +282,7 @@ def _has_template(files: Mapping[str, bytes]) -> bool:
 
 def _obstacles(opener: Callable[[], Checkpoint]) -> dict[str, str | None]:
     """Plan a conversion to each format, and keep what it complains about."""
-    from mlxedge.convert import plan_conversion
+    from mlxedge.conversion import plan_conversion
     from mlxedge.targets import parse_target
 
     try:

@@ -103,7 +103,7 @@ def run_plan(
     threads: int | None = None,
     progress: ProgressHook | None = None,
 ) -> Report:
-    """Write every output of ``plan`` from ``checkpoint``; see ``mlxedge.convert.convert``."""
+    """Write every output of ``plan`` from ``checkpoint``; see ``mlxedge.conversion.convert``."""
     from mlxedge.record import SourceHashes, write_record
 
     ops = load_ops(backend)

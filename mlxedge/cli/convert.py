@@ -61,7 +61,7 @@ def command(
     a run that was interrupted goes on where it stopped when it is started again.
     """
     from mlxedge.cli import ui
-    from mlxedge.convert import plan_conversion
+    from mlxedge.conversion import plan_conversion
     from mlxedge.pipeline import run_plan, worker_count
     from mlxedge.sources import open_source
 

@@ -1,0 +1,105 @@
+"""One checkpoint, four programs: transformers tells the truth, and what mlxedge writes must give
+the same logits in llama.cpp, in mlx-lm and in mlxedge's own forward pass.
+
+The checkpoints are random and small; together they draw every option of the architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles.llama_cpp import LlamaCpp
+from oracles.tiny import write_tiny_llama
+
+import mlxedge
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+#: Name → arguments of ``write_tiny_llama``. A new architecture adds its line here.
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-untied-biases": {"tied": False, "attention_bias": True, "kv_heads": 4},
+    "llama-head-dim": {"head_dim": 32, "heads": 4, "kv_heads": 1, "rope": {"rope_theta": 5e5}},
+    "llama3-old-keys": {"rope": LLAMA3, "tied": False},
+    "llama3-new-keys": {"rope": {**LLAMA3, "rope_theta": 5e5}},
+    "llama-linear": {"rope": LINEAR},
+    "llama-yarn": {"rope": {**YARN, "rope_theta": 1e4}},
+    "mistral": {"model_type": "mistral", "tied": False, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "rope": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen2-yarn": {"model_type": "qwen2", "tied": False, "rope": YARN},
+    "qwen3": {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1e6},
+    "qwen3-new-keys": {"model_type": "qwen3", "tied": False, "rope": {"rope_theta": 1e6}},
+}
+TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 96)]
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, np.ndarray]:
+    """A folder with the checkpoint and everything made from it, and the true logits."""
+    home = tmp_path_factory.mktemp(request.param)
+    folder = write_tiny_llama(home / "source", **CHECKPOINTS[request.param])
+    mlxedge.convert(folder, ["gguf:f32", "mlx:f32"], home)
+    mlxedge.convert(home / "source-F32.gguf", "hf:f32", home / "from-gguf")
+    mlxedge.convert(home / "source-mlx-f32", "hf:f32", home / "from-mlx")
+    return home, transformers_logits(folder)
+
+
+def transformers_logits(folder: Path) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].float().numpy()
+    return logits
+
+
+def llama_cpp_logits(home: Path) -> np.ndarray:
+    with LlamaCpp(home / "source-F32.gguf") as model:
+        return model.logits(TOKENS)
+
+
+def mlx_lm_logits(home: Path) -> np.ndarray:
+    import mlx.core as mx
+    from mlx_lm import load
+
+    model = load(str(home / "source-mlx-f32"))[0]
+    return np.array(model(mx.array([TOKENS]))[0].astype(mx.float32))
+
+
+def our_logits(source: str) -> Callable[[Path], np.ndarray]:
+    return lambda home: mlxedge.load(home / source).logits(TOKENS)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        llama_cpp_logits,
+        mlx_lm_logits,
+        our_logits("source"),
+        our_logits("source-F32.gguf"),
+        our_logits("source-mlx-f32"),
+        lambda home: transformers_logits(home / "from-gguf"),
+        lambda home: transformers_logits(home / "from-mlx"),
+    ],
+    ids=["llama.cpp", "mlx-lm", "ours", "ours-gguf", "ours-mlx", "gguf-to-hf", "mlx-to-hf"],
+)
+def test_logits_agree(case: tuple[Path, np.ndarray], program: Callable[[Path], np.ndarray]) -> None:
+    home, truth = case
+    found = program(home)
+    assert found.shape == truth.shape
+    assert np.abs(found - truth).max() <= 1e-3 * np.abs(truth).max()
