@@ -18,8 +18,8 @@ mode        group  scale byte                   codes
   and ``quantize_dequantize`` send ties to even codes instead.
 * E4M3 rounds to nearest, ties to even, and keeps the sign of zero.
 
-Where MLX's result would be useless, this module departs from it: log2 t < -127 (weights below
-about 10^-37) gives the byte 0, where MLX wraps around to a scale of about 2^120; nvfp4 weights far
+Where MLX's result would be useless, this module departs from it: log2 t < -127 (groups below
+about 10^-36) gives the byte 0, where MLX wraps around to a scale of about 2^120; nvfp4 weights far
 above 6 · 448 saturate, where MLX finds all codes equally near and writes 0. A group with a
 non-finite weight has no meaning; in the mx modes its scale byte is 255, which is NaN.
 
