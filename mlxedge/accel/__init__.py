@@ -13,9 +13,11 @@ change them, and what stands against it:
   fast math, and fused ones in Metal's safe math mode; both then round correctly.
 * *Rounding and conversion.* ``nearest_int``, casts between float types, and small-float codes are
   computed on bit patterns. ``mx.round`` (affine codes) rounds ties to even on all devices.
-* *f32 subnormals.* CPUs and CUDA keep them. A Metal GPU may flush them to zero, which can change
-  bytes where a search meets them: in q3_k and q6_k if all weights of a sub-block are below about
-  10⁻¹² in magnitude (the search sums their cubes), elsewhere only below about 10⁻¹⁸ to 10⁻³⁶.
+* *Ties.* Where two weights have the largest magnitude, C takes the first; so does ``mx.argmax``.
+* *f32 subnormals.* CPUs and CUDA keep them; a Metal GPU may flush them to zero. The K-quant
+  searches multiply up to three weights, so this can reach sub-blocks with no weight above about
+  10⁻¹⁰, whose scale is then stored as 0: their codes may differ, what they decode to does not.
+  Elsewhere it can reach only groups with no weight above about 10⁻³⁶.
 
 Tested for equal bytes with MLX on x86-64 Linux CPUs, eager and compiled. Not run on Metal or CUDA:
 there the above is by design, from MLX's source (0.32) and Metal's specification.
