@@ -194,8 +194,8 @@ def test_weights_that_make_no_sense(weights: np.ndarray, error: type[Exception])
 )
 def test_parts_that_do_not_fit(change: dict[str, np.ndarray | None]) -> None:
     encoding = Affine(4, 64, "f32")
-    parts = MLX.encode(np.ones((2, 256), np.float32), encoding) | change
-    parts = {name: part for name, part in parts.items() if part is not None}
+    whole = MLX.encode(np.ones((2, 256), np.float32), encoding)
+    parts = {name: part for name, part in (whole | change).items() if part is not None}
     for ops in (MLX, NUMPY):
         with pytest.raises(UsageError, match="part"):
             ops.decode(parts, encoding)
@@ -230,8 +230,8 @@ def test_fused_stages_survive_contraction(tmp_path: Path, monkeypatch: pytest.Mo
     weights, names = weights_of_all_kinds("f32")
     given, made = tmp_path / "weights.npy", tmp_path / "made.npz"
     np.save(given, weights)
-    command = [sys.executable, "-c", COMPILED, given, made, *(e.name for e in K_QUANTS)]
-    subprocess.run(command, check=True, timeout=600)
+    arguments = [str(given), str(made), *(e.name for e in K_QUANTS)]
+    subprocess.run([sys.executable, "-c", COMPILED, *arguments], check=True, timeout=600)
     compiled = dict(np.load(made))
     assert any(tmp_path.glob("mlx/**/*.so")), "nothing was compiled"
     expected = {e.name: NUMPY.encode(weights, e)["weight"] for e in K_QUANTS}
