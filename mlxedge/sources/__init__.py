@@ -80,6 +80,7 @@ def fetch(
 
 
 def one_revision(in_spec: str | None, argument: str | None) -> str | None:
+    """The revision of ``org/name@revision`` or of an argument; raises UsageError if they differ."""
     if in_spec and argument and in_spec != argument:
         raise UsageError(f"two revisions: {in_spec!r} in the source and {argument!r} beside it")
     return in_spec or argument

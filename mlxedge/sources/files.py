@@ -76,10 +76,16 @@ class RandomAccessFile:
         self._file.close()
 
 
+def shown(text: str) -> str:
+    """Text from a file as it may stand in a message: one line, no control characters, not long."""
+    short = text if len(text) <= 120 else f"{text[:119]}…"
+    return short if short.isprintable() else repr(short)
+
+
 def check_rows(name: str, rows: int, start: int, stop: int) -> None:
     """Raise UsageError unless ``start:stop`` lies within ``rows``."""
     if not 0 <= start <= stop <= rows:
-        raise UsageError(f"tensor {name}: rows {start}:{stop} are outside its {rows} rows")
+        raise UsageError(f"tensor {shown(name)}: rows {start}:{stop} are outside its {rows} rows")
 
 
 def numpy_dtype(dtype: str) -> np.dtype:

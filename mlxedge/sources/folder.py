@@ -15,6 +15,7 @@ from mlxedge.errors import (
     SourceNotFoundError,
     UnsafeFileError,
 )
+from mlxedge.sources.files import shown
 from mlxedge.sources.safetensors import SafetensorsFile
 from mlxedge.tokenizer.spec import TokenizerSpec
 
@@ -135,8 +136,8 @@ def read_index(path: Path) -> dict[str, str]:
         raise CorruptFileError(path, "weight_map must map tensor names to file names", 0)
     for name in set(owner.values()):
         parts = PurePosixPath(name)
-        outside = parts.is_absolute() or ".." in parts.parts or set(name) & set("\\:\0")
-        if outside:
+        outside = parts.is_absolute() or ".." in parts.parts or set(name) & set("\\:")
+        if outside or not name.isprintable():
             raise UnsafeFileError(f"{path}: names a file outside its folder: {name!r}")
         if parts.suffix != ".safetensors":
             raise UnsafeFileError(
@@ -183,7 +184,7 @@ class Weights:
             for name, path in shards.owner.items():
                 if name not in self.home:
                     raise CorruptFileError(
-                        path, f"tensor {name} is not in it, though {INDEX} says so"
+                        path, f"tensor {shown(name)} is not in it, though {INDEX} says so"
                     )
         except BaseException:
             self.close()
@@ -196,7 +197,7 @@ class Weights:
                 continue
             if name in self.home:
                 raise CorruptFileError(
-                    file.path, f"tensor {name} is also in {self.home[name].path.name}", 8
+                    file.path, f"tensor {shown(name)} is also in {self.home[name].path.name}", 8
                 )
             self.home[name] = file
 

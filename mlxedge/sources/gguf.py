@@ -18,7 +18,7 @@ import numpy as np
 from mlxedge.encodings import BF16, F16, F32, GGML_BY_ID, Encoding, Plain
 from mlxedge.errors import CorruptFileError, UnsupportedEncodingError
 from mlxedge.gguf_values import VALUE_TYPES, GgufValue, Metadata
-from mlxedge.sources.files import RandomAccessFile
+from mlxedge.sources.files import RandomAccessFile, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -207,9 +207,9 @@ def _parse(head: _Head) -> GgufFile:
         if not key:
             head.fail("an empty key", start)
         if key in metadata:
-            head.fail(f"the key {key[:80]!r} stands here twice", start)
+            head.fail(f"the key {key!r} stands here twice", start)
         value_at = head.at
-        metadata[key] = _value(head, f"the value of {key[:80]}")
+        metadata[key] = _value(head, f"the value of {shown(key)}")
         if key == "general.alignment":
             alignment = _alignment(head, metadata[key], value_at)
     infos = _tensor_infos(head, n_tensors)

@@ -23,7 +23,7 @@ from mlxedge.models.layout import heads_of
 from mlxedge.models.spec import RowOrder
 from mlxedge.ops import Parts
 from mlxedge.sources.checkpoint import Checkpoint, Origin, SourceTensor, Tensors
-from mlxedge.sources.files import RandomAccessFile, check_rows, numpy_dtype
+from mlxedge.sources.files import RandomAccessFile, check_rows, numpy_dtype, shown
 from mlxedge.sources.gguf import GgufFile, GgufTensor, read_gguf
 from mlxedge.tokenizer.spec import TokenizerSpec
 
@@ -156,14 +156,14 @@ def _tensors(
         name, order = found
         if tensor.encoding.family == "plain" and tensor.encoding not in PLAIN.values():
             raise UnsupportedEncodingError(
-                f"{file.path}: tensor {tensor.name} is {tensor.encoding}; weights must be "
+                f"{file.path}: tensor {shown(tensor.name)} is {tensor.encoding}; weights must be "
                 f"{', '.join(PLAIN)} or a ggml block type"
             )
         tensors[name] = _source_tensor(file, tensor, name, order, config)
     if unknown:
         raise UnsupportedModelError(
             f"{file.path}: architecture {spec.gguf_arch} has no tensor "
-            f"{', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}; "
+            f"{', '.join(map(shown, unknown[:3]))}{' …' if len(unknown) > 3 else ''}; "
             "the file needs a reader that knows them"
         )
     return Tensors(tensors)

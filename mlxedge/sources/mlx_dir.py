@@ -14,6 +14,7 @@ from mlxedge.encodings import MLX_FLOAT, PLAIN, Affine, MlxFloat
 from mlxedge.encodings.mlx import AFFINE_BITS, AFFINE_GROUPS
 from mlxedge.errors import CorruptFileError, UnsupportedEncodingError
 from mlxedge.sources.checkpoint import SourceTensor, Tensors
+from mlxedge.sources.files import shown
 
 if TYPE_CHECKING:
     from mlxedge.ops import Parts
@@ -62,7 +63,7 @@ def _rule(
     if bool(rule) != has_scales:
         raise CorruptFileError(
             folder / "config.json",
-            f"quantization says {str(rule)[:60]} for {path}, which has "
+            f"quantization says {str(rule)[:60]} for {shown(path)}, which has "
             f"{'scales' if has_scales else 'no scales'}",
         )
     if isinstance(rule, dict):
@@ -80,7 +81,7 @@ def _quantized(
     if not encoding.fits(shape):
         raise CorruptFileError(
             files["weight"].path,
-            f"{name} has {shape[-1]} columns, not a multiple of {encoding.block}",
+            f"{shown(name)} has {shape[-1]} columns, not a multiple of {encoding.block}",
             entries["weight"].offset,
         )
     expected = encoding.parts(shape)
@@ -89,8 +90,8 @@ def _quantized(
         if (entry.dtype, entry.shape) != (want.dtype, want.shape):
             raise CorruptFileError(
                 files[part].path,
-                f"{entry.name} is {entry.dtype} {list(entry.shape)}, but {encoding} weights of "
-                f"shape {list(shape)} need {want.dtype} {list(want.shape)}",
+                f"{shown(entry.name)} is {entry.dtype} {list(entry.shape)}, but {encoding} weights "
+                f"of shape {list(shape)} need {want.dtype} {list(want.shape)}",
                 entry.offset,
             )
 
@@ -105,17 +106,17 @@ def _encoding(folder: Path, path: str, rule: dict[str, Any], weights: Weights) -
     if mode in MLX_FLOAT:
         return MLX_FLOAT[mode]
     if mode != "affine":
-        raise UnsupportedEncodingError(f"{folder}: {path} has the unknown MLX mode {mode!r}")
+        raise UnsupportedEncodingError(f"{folder}: {shown(path)} has the unknown MLX mode {mode!r}")
     bits, group = rule.get("bits") or _DEFAULT_BITS, rule.get("group_size") or _AFFINE_GROUP
     if not (type(bits) is type(group) is int and bits in AFFINE_BITS and group in AFFINE_GROUPS):
         raise CorruptFileError(
             folder / "config.json",
-            f"MLX has no affine {bits!r} bits in groups of {group!r} ({path})",
+            f"MLX has no affine {bits!r} bits in groups of {group!r} ({shown(path)})",
         )
     scales = weights.home[f"{path}.scales"].entries[f"{path}.scales"]
     if scales.dtype not in PLAIN:
         raise CorruptFileError(
-            weights.home[scales.name].path, f"{scales.name} is {scales.dtype}", scales.offset
+            weights.home[scales.name].path, f"{shown(scales.name)} is {scales.dtype}", scales.offset
         )
     return Affine(bits, group, scales.dtype)
 
@@ -125,7 +126,7 @@ def _part_names(encoding: Affine | MlxFloat, path: str, weights: Weights) -> lis
     for part in names:
         if f"{path}.{part}" not in weights.home:
             raise CorruptFileError(
-                weights.home[f"{path}.weight"].path, f"{encoding} {path} has no {part}"
+                weights.home[f"{path}.weight"].path, f"{encoding} {shown(path)} has no {part}"
             )
     return names
 

@@ -17,7 +17,7 @@ from mlxedge.encodings import PLAIN, Plain
 from mlxedge.encodings.base import ITEM_SIZE
 from mlxedge.errors import CorruptFileError, UnsupportedEncodingError
 from mlxedge.sources.checkpoint import SourceTensor
-from mlxedge.sources.files import RandomAccessFile, check_rows, numpy_dtype
+from mlxedge.sources.files import RandomAccessFile, check_rows, numpy_dtype, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +84,7 @@ class SafetensorsFile:
         entry = self.entries[name]
         if entry.dtype in _LISTED_ONLY:
             raise UnsupportedEncodingError(
-                f"{self.path}: tensor {name} is {entry.dtype}, which mlxedge does not read"
+                f"{self.path}: tensor {shown(name)} is {entry.dtype}, which mlxedge does not read"
             )
         rows = math.prod(entry.shape[:-1])
         check_rows(name, rows, start, stop)
@@ -102,7 +102,7 @@ class SafetensorsFile:
         def read_rows(start: int, stop: int) -> Parts:
             if entry.dtype not in PLAIN:
                 raise UnsupportedEncodingError(
-                    f"{self.path}: tensor {name} is {entry.dtype}; weights must be "
+                    f"{self.path}: tensor {shown(name)} is {entry.dtype}; weights must be "
                     f"{', '.join(PLAIN)}"
                 )
             return {"weight": self.read_rows(name, start, stop)}
@@ -136,7 +136,7 @@ def _parse_header(file: RandomAccessFile) -> tuple[dict[str, str], dict[str, Ent
     for entry in entries:
         if entry.offset != end:
             problem = "overlaps the one before" if entry.offset < end else "leaves a hole before it"
-            raise CorruptFileError(path, f"tensor {entry.name} {problem}", entry.offset)
+            raise CorruptFileError(path, f"tensor {shown(entry.name)} {problem}", entry.offset)
         end += entry.nbytes
     if end != file.size:
         state = "truncated" if end > file.size else "longer than its tensors"
@@ -151,7 +151,7 @@ def _load_json(path: Path, text: bytes) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for name, value in pairs:
             if name in result:
-                raise CorruptFileError(path, f"its header names {name!r} twice", 8)
+                raise CorruptFileError(path, f"its header names {shown(name)!r} twice", 8)
             result[name] = value
         return result
 
@@ -176,12 +176,12 @@ def _load_json(path: Path, text: bytes) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
     def bad(problem: str) -> CorruptFileError:
-        return CorruptFileError(path, f"tensor {name}: {problem}", 8)
+        return CorruptFileError(path, f"tensor {shown(name)}: {problem}", 8)
 
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise bad("its entry must hold dtype, shape and data_offsets")
     if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
-        raise bad(f"unknown dtype {value['dtype']!r}")
+        raise bad(f"unknown dtype {str(value['dtype'])[:40]!r}")
     dtype = DTYPES[value["dtype"]]
     shape, offsets = value["shape"], value["data_offsets"]
     if not _are_counts(shape):

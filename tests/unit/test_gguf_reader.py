@@ -207,6 +207,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "key-length": (build([u64(1 << 40)]), "at most 65535"),
     "key-empty": (build([kv("", U8, b"x")]), "an empty key"),
     "key-twice": (build([kv("a", U8, b"x"), kv("a", U8, b"x")]), "'a' stands here twice"),
+    "key-lines": (build([kv("a\nb\x1b[2J", 13, b"")]), r"'a\nb\x1b[2J'"),
     "key-utf8": (build([kv(b"a\xff", U8, b"x")]), "not UTF-8"),
     "kind": (build([kv("a", 13, b"x" * 9)]), "unknown type 13"),
     "string-length": (build([kv("a", STR, u64(1 << 63))]), "bytes long"),

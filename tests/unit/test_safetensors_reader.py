@@ -157,6 +157,7 @@ BAD: dict[str, tuple[bytes, str, int | None]] = {
     "overflow": (raw({"w": entry("U8", [1 << 62, 1 << 62], 0, 1)}, b"x"), "takes", 8),
     "too-big": (raw({"w": entry("U8", [1 << 64], 0, 1)}, b"x"), "not a list of sizes", 8),
     "many-dims": (raw({"w": entry("U8", [1] * 40, 0, 1)}, b"x"), "not a list of sizes", 8),
+    "name-lines": (raw({"a\nb\x1b[2J": entry("F32", [2], 0, 4)}, b"xxxx"), r"'a\nb\x1b[2J'", 8),
     "size": (raw({"w": entry("F32", [2], 0, 4)}, b"xxxx"), "takes 8 bytes", 8),
     "backwards": (raw({"w": entry("U8", [1], 2, 1)}, b"xx"), "not a byte range", 8),
     "three": (raw({"w": entry("U8", [1], 0, 1) | {"data_offsets": [0, 1, 2]}}, b"x"), "range", 8),
