@@ -10,7 +10,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,24 +21,31 @@ class Run:
     peak_mib: float
 
 
+#: Runs a command and prints what the system accounts for it. A process of its own, because a child
+#: starts out with the peak memory of the process that forked it.
+_LAUNCHER = """
+import json, os, sys, time
+started = time.perf_counter()
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+print(json.dumps([time.perf_counter() - started, usage.ru_maxrss, status]))
+"""
+
+
 def run_process(command: list[str], environment: dict[str, str] | None = None) -> Run:
-    """Run a command to its end; wall seconds, and the peak resident memory of the process (the
-    largest, if it has children)."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+    """Run a command to its end; wall seconds, and the peak resident memory of the process."""
+    process = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
+        capture_output=True,
+        text=True,
         env={**os.environ, **(environment or {})},
+        check=True,
     )
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
+    seconds, peak, status = json.loads(process.stdout.splitlines()[-1])
     if status:
-        sys.exit(f"{' '.join(command)} failed:\n{errors.decode()[-4000:]}")
+        sys.exit(f"{' '.join(command)} failed:\n{process.stderr[-4000:]}")
     scale = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, usage.ru_maxrss * scale / 2**20)
+    return Run(seconds, peak * scale / 2**20)
 
 
 def in_turn(sides: dict[str, Callable[[], Run]], runs: int) -> dict[str, list[Run]]:

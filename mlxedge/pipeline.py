@@ -231,11 +231,9 @@ class _Run:
             began = time.perf_counter()
             order = self._row_order(goal, source, stop - start)
             error = 0.0
-            if goal.how == "copy" or weights is None:
-                made = parts
-            elif goal.how == "transcode":
-                made = self.reference.transcode(parts, source.encoding, goal.encoding)
-            else:
+            made = self._keep(parts, source, goal)
+            if made is None:
+                assert weights is not None
                 made = self.ops.encode(weights, goal.encoding)
                 if plain is None:
                     plain = weights.astype(np.float32, copy=False)
@@ -271,6 +269,16 @@ class _Run:
             self._done_weights += weights
             if self.progress is not None:
                 self.progress(self._done_weights, self.total, name)
+
+    def _keep(self, parts: Parts, source: SourceTensor, goal: PlannedTensor) -> Parts | None:
+        """The stored bytes or codes where the plan keeps them, or ``None`` to encode anew (also
+        for a block whose scale the target's type cannot hold)."""
+        if goal.how == "copy":
+            return parts
+        if goal.how == "transcode":
+            with contextlib.suppress(UnsupportedEncodingError):
+                return self.reference.transcode(parts, source.encoding, goal.encoding)
+        return None
 
     def _decode(self, parts: Parts, source: SourceTensor) -> np.ndarray:
         try:
