@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import platform
 import sys
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlxedge.encodings import Encoding
 from mlxedge.errors import BackendError, UsageError
@@ -82,3 +82,9 @@ def load_reference() -> ReferenceOps:
     """The fallback, whatever backend computes."""
     ops: ReferenceOps = importlib.import_module(BACKENDS["numpy"]).OPS
     return ops
+
+
+def load_forward() -> Any:
+    """What a forward pass off MLX is made of: the module ``fallback.forward`` (Tape, Matrix,
+    Product, Runner, Cache, Team). It computes with encoded matrices as they are stored."""
+    return importlib.import_module("mlxedge.fallback.forward")

@@ -1,0 +1,157 @@
+"""Walking a tape: passes over some positions of a sequence, with a cache of those before."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from mlxedge.fallback import attention
+from mlxedge.fallback import frame as fr
+from mlxedge.fallback.lanes import LANES
+from mlxedge.fallback.linear import Matrix
+from mlxedge.fallback.tape import Buffer, Product, Segment, Tape, aligned
+from mlxedge.fallback.team import Team, available_threads
+
+__all__ = ["Buffer", "Cache", "Matrix", "Product", "Runner", "Tape", "Team", "available_threads"]
+
+
+class Cache:
+    """Keys and values of the positions so far; grows as positions come (see attention's layout)."""
+
+    def __init__(self, tape: Tape, kv_heads: int, limit: int) -> None:
+        self.capacity, self.limit = 0, limit
+        self._layers, self._heads, self._size = tape.layers, kv_heads, tape.head_dim
+        self._arrays: list[list[np.ndarray]] = []
+        self.addresses = np.zeros((tape.layers, 2), np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for pair in self._arrays for a in pair)
+
+    def reserve(self, positions: int) -> None:
+        """Make room for ``positions`` in all; by half as much again at least, up to ``limit``."""
+        if positions <= self.capacity:
+            return
+        wanted = max(positions, min(self.capacity * 3 // 2, self.limit))
+        capacity = -(-wanted // _GROWTH) * _GROWTH
+        padded = -(-self._size // LANES) * LANES
+        old = self.capacity
+        for layer in range(self._layers):
+            keys = aligned((self._heads, capacity // LANES, self._size, LANES))
+            values = aligned((self._heads, capacity, padded))
+            if old:
+                keys[:, : old // LANES] = self._arrays[layer][0]
+                values[:, :old] = self._arrays[layer][1]
+                self._arrays[layer] = [keys, values]
+            else:
+                self._arrays.append([keys, values])
+            self.addresses[layer] = keys.ctypes.data, values.ctypes.data
+        self.capacity = capacity
+
+
+#: Positions by which a cache grows at least.
+_GROWTH = 4 * attention.SPAN
+
+
+class Runner:
+    """Walks a tape. Safe to call from several threads, one pass at a time.
+
+    ``frequencies`` f64 ``[pairs]`` (radians per position) and ``amplitude`` (of cosine and sine)
+    are those of the rotary embedding; ``rows`` the most positions of one pass.
+    """
+
+    def __init__(
+        self, tape: Tape, team: Team, hidden: Buffer, result: Buffer,
+        frequencies: np.ndarray, amplitude: float, rows: int,
+    ) -> None:  # fmt: skip
+        self.tape, self.team, self.rows = tape, team, rows
+        self._hidden, self._result = hidden, result
+        self._body, self._tail = tape.segments()
+        self._frequencies, self._amplitude = frequencies, amplitude
+        self._tables = np.zeros((2, 0, len(frequencies)), np.float32)
+        self._scratch = np.zeros(0, np.uint8)
+        self._lock = threading.Lock()
+        # A tile reads whole rows of positions and of heads beyond the last.
+        self._memory = {
+            b.number: aligned((rows + _PADDING, b.stored)) for b in tape.buffers if b != result
+        }
+
+    def run(self, tokens: np.ndarray, start: int, cache: Cache, results: int) -> np.ndarray:
+        """One pass over ``tokens`` (int64 ``[n]``, 0 < n <= ``rows``) at positions ``start``….
+
+        Returns the results of the last ``results`` positions (at most n): f32 ``[results, width]``.
+        """
+        n = len(tokens)
+        out = np.empty((results + _PADDING if results else 0, self._result.width), np.float32)
+        with self._lock:
+            cache.reserve(start + n)
+            self._prepare(cache.capacity)
+            frame = np.zeros(self._result_offset(len(self.tape.buffers)) // 8, np.int64)
+            for field, value in (
+                (fr.N, n), (fr.START, start), (fr.TOKENS, tokens.ctypes.data),
+                (fr.KV, cache.addresses.ctypes.data), (fr.CAPACITY, cache.capacity),
+                (fr.COS, self._tables[0].ctypes.data), (fr.SIN, self._tables[1].ctypes.data),
+                (fr.SCRATCH, self._scratch.ctypes.data + -self._scratch.ctypes.data % 64),
+                (fr.SCRATCH_BYTES, (self._scratch.nbytes - 64) // self.team.threads),
+            ):  # fmt: skip
+                frame[field // 8] = value
+            arrays = self._memory | {self._result.number: out}
+            self._place(frame, arrays)
+            self._walk(self._body, frame, arrays, tokens)
+            if results:
+                hidden = arrays[self._hidden.number][n - results :]
+                arrays[self._hidden.number] = hidden
+                self._place(frame, arrays)
+                frame[fr.N // 8] = results
+                self._walk(self._tail, frame, arrays, tokens)
+        return out[:results]
+
+    @staticmethod
+    def _result_offset(number: int) -> int:
+        return fr.BUFFERS + 8 * fr.BUFFER_FIELDS * number
+
+    def _place(self, frame: np.ndarray, arrays: dict[int, np.ndarray]) -> None:
+        for number, array in arrays.items():
+            at_field = self._result_offset(number) // 8
+            frame[at_field : at_field + 2] = array.ctypes.data, array.strides[0]
+
+    def _prepare(self, capacity: int) -> None:
+        if self._tables.shape[1] < capacity:
+            angles = np.outer(np.arange(capacity), self._frequencies)
+            self._tables = np.stack([np.cos(angles), np.sin(angles)]) * self._amplitude
+            self._tables = self._tables.astype(np.float32)
+        each = -(-self.tape.scratch_bytes(capacity) // 64) * 64
+        if self._scratch.nbytes < each * self.team.threads + 64:
+            self._scratch = np.zeros(each * self.team.threads + 64, np.uint8)
+
+    def _walk(
+        self, segments: list[Segment], frame: np.ndarray, arrays: dict[int, np.ndarray],
+        tokens: np.ndarray,
+    ) -> None:  # fmt: skip
+        n = int(frame[fr.N // 8])
+        for segment in segments:
+            if len(segment.steps):
+                self.team.walk(segment.steps, frame, self.tape.length)
+            for product, x in segment.hosted:
+                _host(product, x, arrays, tokens, n)
+
+
+#: Rows that a tile may read or write beyond the last position.
+_PADDING = 4
+
+
+def _host(
+    product: Product, x: Buffer, arrays: dict[int, np.ndarray], tokens: np.ndarray, n: int
+) -> None:
+    """A product whose format has no kernel, in NumPy."""
+    matrix, out = product.matrix, arrays[product.out.number]
+    if x == product.out:
+        for i, token in enumerate(tokens):
+            out[i, : matrix.cols] = matrix.decode(token, token + 1)[0]
+        return
+    out[:n, : matrix.rows] = matrix.product(arrays[x.number][:n, : matrix.cols])
+    if product.bias is not None:
+        out[:n, : matrix.rows] += product.bias
+    if product.add_to is not None:
+        arrays[product.add_to.number][:n, : matrix.rows] += out[:n, : matrix.rows]

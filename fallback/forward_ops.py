@@ -1,0 +1,181 @@
+"""The compiled steps of a forward pass, but for attention.
+
+Activations are f32. One position multiplies by the blocks of a matrix in registers; several decode
+a tile of rows that all of them use. A step shares out its own work: by position, or through its
+counter, a grain of rows at a time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from mlxedge.fallback.frame import (
+    BUFFER,
+    BUFFER_ROW,
+    COUNTERS,
+    SCRATCH,
+    SCRATCH_BYTES,
+    STEP_SIGNATURE,
+    THREADS,
+    TOKENS,
+    N,
+)
+from mlxedge.fallback.lanes import LANES, inline
+from mlxedge.fallback.linear import COLS, KERNEL, compile_c
+from mlxedge.fallback.memory import get_f32, get_i64, load_f32, put_f32, store_f32
+from mlxedge.fallback.team import call_6, fetch_add
+from mlxedge.fallback.tiles import TILE_COLS, TILE_ROWS, dot_tile, exp, fma, total, zeros
+
+_ONE = np.float32(1.0)
+
+# Fields of a step, after the function's address.
+_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH = (8 * i for i in range(1, 6))
+_X, _GRAIN, _NUMBER, _COUNT, _PARTS = (8 * i for i in range(1, 6))
+#: Per matrix of a linear step: its address, rows, output buffer, bias or 0, buffer to add to or 0.
+PART_FIELDS = 5
+_MATRIX, _ROWS, _OUT, _BIAS, _SUM = (8 * i for i in range(PART_FIELDS))
+
+
+def _embed(step: int, frame: int, thread: int) -> None:
+    """Decode the rows of the tokens."""
+    matrix, buffer = get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
+    out, out_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    tokens = get_i64(frame + TOKENS)
+    for i in range(thread, get_i64(frame + N), get_i64(frame + THREADS)):
+        token = get_i64(tokens + 8 * i)
+        call_6(get_i64(matrix + KERNEL), matrix, token, token + 1, 0, out + i * out_row, out_row)
+
+
+def _norm(step: int, frame: int, thread: int) -> None:
+    """RMSNorm: x · weight / sqrt(mean(x²) + ε)."""
+    buffer, to = frame + get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
+    x, x_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    out, out_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
+    weight, cols = get_i64(step + _THIRD), get_i64(step + _FOURTH)
+    epsilon = get_f32(step + _FIFTH)
+    stop = (cols + LANES - 1) // LANES * 64
+    for i in range(thread, get_i64(frame + N), get_i64(frame + THREADS)):
+        p, o = x + i * x_row, out + i * out_row
+        squares = zeros()
+        for d in range(0, stop, 64):
+            v = load_f32(p + d)
+            squares = fma(v, v, squares)
+        factor = _ONE / np.sqrt(total(squares) / np.float32(cols) + epsilon)
+        for d in range(0, stop, 64):
+            store_f32(o + d, load_f32(weight + d) * (load_f32(p + d) * factor))
+
+
+def _gate(step: int, frame: int, thread: int) -> None:
+    """SwiGLU: silu(gate) · up, into gate."""
+    buffer, to = frame + get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
+    gate, gate_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    up, up_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
+    vectors = (get_i64(step + _THIRD) + LANES - 1) // LANES
+    n, threads = get_i64(frame + N), get_i64(frame + THREADS)
+    for unit in range(thread * vectors * n // threads, (thread + 1) * vectors * n // threads):
+        i, d = unit // vectors, unit % vectors * 64
+        g = load_f32(gate + i * gate_row + d)
+        v = g / (exp(g * -_ONE) + _ONE) * load_f32(up + i * up_row + d)
+        store_f32(gate + i * gate_row + d, v)
+
+
+@inline
+def _finish(part: int, frame: int, first: int, stop: int, n: int) -> None:
+    """Add bias and residual to columns ``first`` to ``stop`` of a product."""
+    bias, onto = get_i64(part + _BIAS), get_i64(part + _SUM)
+    buffer = frame + get_i64(part + _OUT)
+    out, out_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    if bias != 0:
+        for i in range(n):
+            for r in range(first, stop):
+                p = out + i * out_row + 4 * r
+                put_f32(p, get_f32(p) + get_f32(bias + 4 * r))
+    if onto != 0:
+        x, x_row = get_i64(frame + onto + BUFFER), get_i64(frame + onto + BUFFER_ROW)
+        for i in range(n):
+            for r in range(first, stop):
+                p = x + i * x_row + 4 * r
+                put_f32(p, get_f32(p) + get_f32(out + i * out_row + 4 * r))
+
+
+@inline
+def _tiles(
+    matrix: int, first: int, stop: int, x: int, x_row: int, out: int, out_row: int, n: int, at: int
+) -> None:
+    """out[i, first:stop] = x[i] · rows, through decoded rows in scratch memory ``at``."""
+    cols = get_i64(matrix + COLS)
+    row = 4 * cols
+    call_6(get_i64(matrix + KERNEL), matrix, first, stop, 0, at, row)
+    whole = (stop - first) // TILE_ROWS * TILE_ROWS
+    edge = at + (stop - first + TILE_ROWS) * row
+    for i in range(0, n, TILE_COLS):
+        xi, to = x + i * x_row, out + i * out_row + 4 * first
+        for r in range(0, whole, TILE_ROWS):
+            dot_tile(at + r * row, row, xi, x_row, cols, to + 4 * r, out_row)
+        if whole < stop - first:
+            # The rows beyond the last belong to nobody, or to another thread.
+            dot_tile(at + whole * row, row, xi, x_row, cols, edge, 4 * TILE_ROWS)
+            for c in range(TILE_COLS):
+                for r in range(stop - first - whole):
+                    value = get_f32(edge + 4 * (c * TILE_ROWS + r))
+                    put_f32(to + c * out_row + 4 * (whole + r), value)
+
+
+def _linear(step: int, frame: int, thread: int) -> None:
+    """Products of one input with several matrices, a grain of rows at a time."""
+    n = get_i64(frame + N)
+    buffer = frame + get_i64(step + _X)
+    x, x_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    weights = get_i64(frame + SCRATCH) + thread * get_i64(frame + SCRATCH_BYTES)
+    counter = get_i64(frame + COUNTERS) + 8 * get_i64(step + _NUMBER)
+    parts, count = step + _PARTS, get_i64(step + _COUNT)
+    grain = get_i64(step + _GRAIN)
+    if n == 1:
+        rows = 0
+        for k in range(count):
+            rows += get_i64(parts + 8 * PART_FIELDS * k + _ROWS)
+        threads = get_i64(frame + THREADS)
+        grain = rows if threads == 1 else max(16, rows // (4 * threads))
+    while True:
+        unit = fetch_add(counter, 1)
+        part = parts
+        for _ in range(count):
+            units = (get_i64(part + _ROWS) + grain - 1) // grain
+            if unit < units:
+                break
+            unit -= units
+            part += 8 * PART_FIELDS
+        if part == parts + 8 * PART_FIELDS * count:
+            break
+        matrix = get_i64(part + _MATRIX)
+        first = unit * grain
+        stop = min(first + grain, get_i64(part + _ROWS))
+        buffer = frame + get_i64(part + _OUT)
+        out, out_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+        if n == 1:
+            call_6(get_i64(matrix + KERNEL), matrix, first, stop, x, out, 0)
+        else:
+            _tiles(matrix, first, stop, x, x_row, out, out_row, n, weights)
+        _finish(part, frame, first, stop, n)
+
+
+_STEPS = {"embed": _embed, "norm": _norm, "gate": _gate, "linear": _linear}
+
+
+@cache
+def step_kernel(name: str) -> Any:
+    """The compiled function of a step, of ``frame.STEP_SIGNATURE``."""
+    return compile_c(STEP_SIGNATURE, _STEPS[name])
+
+
+def grain(cols: int) -> int:
+    """Rows to decode at a time: about 256 KiB of floats, which a core's own cache holds."""
+    return int(np.clip(65536 // cols, 16, 32)) // TILE_ROWS * TILE_ROWS
+
+
+def scratch_bytes(cols: int) -> int:
+    """What one thread needs for a tile of rows of ``cols``."""
+    return 4 * cols * (grain(cols) + 2 * TILE_ROWS)
