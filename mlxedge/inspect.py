@@ -12,7 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,7 @@ class Inspection:
     ``kind`` is "hf", "mlx", "gguf" or "safetensors"; ``files`` maps the names of the files that
     make up the model to their sizes; ``metadata`` is a GGUF file's, or what the JSON files of a
     folder and the headers of its weights say, under ``config.``, ``generation_config.`` and
-    ``safetensors.``. ``obstacles`` has for each format of ``mlxedge convert`` why the model cannot
-    be converted to it, or ``None`` if it can.
+    ``safetensors.``. ``reopen`` opens the model as a checkpoint, if there is enough of it.
     """
 
     name: str
@@ -72,7 +71,6 @@ class Inspection:
     files: dict[str, int]
     tensors: list[TensorInfo]
     metadata: dict[str, Any]
-    obstacles: dict[str, str | None]
     architecture: str | None = None
     quantization: str | None = None
     context_length: int | None = None
@@ -84,6 +82,7 @@ class Inspection:
     path: Path | None = None
     repo: str | None = None
     revision: str | None = None
+    reopen: Callable[[], Checkpoint] | None = field(default=None, repr=False, compare=False)
 
     @property
     def parameters(self) -> int:
@@ -169,7 +168,7 @@ def _inspect_gguf(path: Path) -> Inspection:
         files={path.name: path.stat().st_size},
         tensors=[TensorInfo(t.name, t.shape, t.encoding.name, t.nbytes) for t in gguf.tensors],
         metadata={"gguf.version": gguf.version, **values},
-        obstacles=_obstacles(lambda: open_source(path)),
+        reopen=lambda: open_source(path),
         architecture=arch if isinstance(arch, str) else None,
         quantization=gguf_label(gguf.metadata),
         context_length=_integer(values.get(f"{arch}.context_length")),
@@ -203,7 +202,7 @@ def _inspect_folder(folder: Path) -> Inspection:
         files={f.relative_to(folder).as_posix(): f.stat().st_size for f in files},
         tensors=tensors,
         metadata=metadata,
-        obstacles=_obstacles(lambda: open_source(folder)),
+        reopen=lambda: open_source(folder),
         quantization=folder_label(config, tensors),
         license=common.read_license(folder),
         has_tokenizer=tokenizer is not None,
@@ -218,7 +217,6 @@ def _inspect_safetensors(path: Path) -> Inspection:
     with closing(SafetensorsFile(path)) as file:
         tensors = _entries([file])
         header = _headers([file])
-    why = f"weights alone; give the folder, if it also holds config.json: {path.absolute().parent}"
     return Inspection(
         name=path.stem,
         kind="safetensors",
@@ -226,7 +224,6 @@ def _inspect_safetensors(path: Path) -> Inspection:
         files={path.name: path.stat().st_size},
         tensors=tensors,
         metadata=header,
-        obstacles=dict.fromkeys(_TRIALS, why),
         quantization=folder_label({}, tensors),
     )
 
@@ -280,16 +277,21 @@ def _has_template(files: Mapping[str, bytes]) -> bool:
     )
 
 
-def _obstacles(opener: Callable[[], Checkpoint]) -> dict[str, str | None]:
-    """Plan a conversion to each format, and keep what it complains about."""
+def obstacles(found: Inspection) -> dict[str, str | None]:
+    """Why the model cannot be converted to "mlx", "gguf" and "hf", or ``None`` where it can.
+
+    A conversion to each is planned, and its complaint kept.
+    """
     from mlxedge.conversion import plan_conversion
     from mlxedge.targets import parse_target
 
+    if found.reopen is None:
+        return dict.fromkeys(_TRIALS, "weights alone: a model also needs config.json")
     try:
-        checkpoint = opener()
+        checkpoint = found.reopen()
     except MlxedgeError as error:
         return dict.fromkeys(_TRIALS, str(error))
-    found: dict[str, str | None] = {}
+    why: dict[str, str | None] = {}
     with checkpoint:
         for kind, spec in _TRIALS.items():
             target = parse_target(spec)
@@ -297,12 +299,12 @@ def _obstacles(opener: Callable[[], Checkpoint]) -> dict[str, str | None]:
             out = Path(tempfile.gettempdir()) / target.default_name(f"mlxedge-{uuid.uuid4().hex}")
             try:
                 plan_conversion(checkpoint, [target], out)
-                found[kind] = None
+                why[kind] = None
             except DiskFullError:
-                found[kind] = None  # the disk of the trial is not the one to write to
+                why[kind] = None  # the disk of the trial is not the one to write to
             except MlxedgeError as error:
-                found[kind] = str(error)
-    return found
+                why[kind] = str(error)
+    return why
 
 
 def gguf_label(metadata: Metadata) -> str | None:

@@ -77,26 +77,20 @@ class Program(click.Group):
         prog_name: str | None = None,
         complete_var: str | None = None,
         standalone_mode: bool = True,
-        windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
         if not standalone_mode:
-            return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         arguments = list(sys.argv[1:] if args is None else args)
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 # A character that a terminal cannot show must not end a run.
                 stream.reconfigure(errors="backslashreplace")
+        # click expands wildcards on Windows only if it takes the arguments itself.
+        args = args if arguments else ["--help"]
+        prog_name = prog_name or "mlxedge"
         try:
-            status = super().main(
-                # click expands wildcards on Windows only if it takes the arguments itself
-                args if arguments else ["--help"],
-                prog_name or "mlxedge",
-                complete_var,
-                False,
-                windows_expand_args,
-                **extra,
-            )
+            status = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except (Exception, KeyboardInterrupt) as error:
             _fail(error, arguments)
         # Without standalone mode click returns the status of --help and --version, or what the
@@ -109,7 +103,7 @@ def _fail(error: BaseException, arguments: list[str]) -> NoReturn:
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in options or bool(os.environ.get("MLXEDGE_DEBUG"))
     message, status = _explain(error)
-    if debug:
+    if debug and not isinstance(error, (click.ClickException, click.Abort)):
         import traceback
 
         traceback.print_exception(error)

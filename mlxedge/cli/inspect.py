@@ -32,15 +32,16 @@ def command(
     org/name@revision, org/name/file.gguf). Its architecture need not be one that mlxedge knows.
     """
     from mlxedge.cli import ui
-    from mlxedge.inspect import inspect
+    from mlxedge.inspect import inspect, obstacles
 
     with ui.file_progress() as progress:
         found = inspect(source, revision=revision, progress=progress, warn=ui.warn)
+    reasons = obstacles(found)
     metadata = {k: v for k, v in found.metadata.items() if fnmatch.fnmatchcase(k, pattern)}
     if as_json:
-        ui.print_json(_as_json(found, metadata, tensors, full))
+        ui.print_json(_as_json(found, reasons, metadata, tensors, full))
         return
-    ui.fields(_summary(found))
+    ui.fields(_summary(found, reasons))
     click.echo()
     _show_types(found)
     if metadata:
@@ -57,7 +58,7 @@ def command(
         )
 
 
-def _summary(found: Inspection) -> list[tuple[str, str]]:
+def _summary(found: Inspection, reasons: dict[str, str | None]) -> list[tuple[str, str]]:
     from mlxedge.cli import ui
 
     bits = found.bits_per_weight
@@ -83,7 +84,7 @@ def _summary(found: Inspection) -> list[tuple[str, str]]:
     ]
     rows += [
         (f"convert to {kind}", "possible" if why is None else f"not possible: {why}")
-        for kind, why in found.obstacles.items()
+        for kind, why in reasons.items()
     ]
     return [(name, ui.printable(value or "not said")) for name, value in rows]
 
@@ -130,7 +131,11 @@ def _shown(value: Any, full: bool) -> str:
 
 
 def _as_json(
-    found: Inspection, metadata: dict[str, Any], tensors: bool, full: bool
+    found: Inspection,
+    reasons: dict[str, str | None],
+    metadata: dict[str, Any],
+    tensors: bool,
+    full: bool,
 ) -> dict[str, Any]:
     from mlxedge.inspect import abbreviate
 
@@ -154,7 +159,7 @@ def _as_json(
         "license": found.license,
         "base_model": found.base_model,
         "convertible": {
-            kind: {"possible": why is None, "reason": why} for kind, why in found.obstacles.items()
+            kind: {"possible": why is None, "reason": why} for kind, why in reasons.items()
         },
         "types": {
             name: {"tensors": c.tensors, "weights": c.weights, "bytes": c.nbytes}

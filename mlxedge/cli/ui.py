@@ -81,7 +81,7 @@ def fields(pairs: Sequence[tuple[str, str]]) -> None:
         click.echo(f"{name.ljust(width)}  {value}")
 
 
-_NUMBER = re.compile(r"|-|exact|[\d.,]+( ± [\d.,]+)?( ([kMBT]|[kMGT]?B|%|s))?")
+_NUMBER = re.compile(r"|-|exact|[+-]?[\d.,]+( ± [\d.,]+)?( ([kMBT]|[kMGT]?B|%|s))?")
 
 
 def _is_number(cell: str) -> bool:
