@@ -1,0 +1,340 @@
+"""The Hugging Face files of a tokenizer, read into one complete tokenizer.json document.
+
+What a folder says in several files is gathered here once, so that the runtime and the GGUF writer
+see the same tokenizer: tokens that only tokenizer_config.json declares, the special tokens by
+role, whether BOS and EOS are added. The rules are those of transformers 5.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mlxedge.errors import TokenizerError
+from mlxedge.tokenizer import pre, sentencepiece
+from mlxedge.tokenizer.spec import TokenizerSpec
+
+Json = dict[str, Any]
+
+#: The roles that a special token can have.
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+#: Pre-tokenizer by tokenizer class, for folders that hold only vocab.json and merges.txt.
+_CLASS_PRE = {
+    None: "gpt-2",
+    "GPT2Tokenizer": "gpt-2",
+    "GPT2TokenizerFast": "gpt-2",
+    "Qwen2Tokenizer": "qwen2",
+    "Qwen2TokenizerFast": "qwen2",
+}
+
+
+def read_json(spec: TokenizerSpec, name: str) -> Json:
+    """The object in a file, or an empty one if there is no such file.
+
+    Raises TokenizerError if the file is not a JSON object.
+    """
+    raw = spec.files.get(name)
+    if raw is None:
+        return {}
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise TokenizerError(f"{name} holds no JSON object")
+    return found
+
+
+def settings(spec: TokenizerSpec) -> Json:
+    """tokenizer_config.json, completed from special_tokens_map.json."""
+    return {
+        **read_json(spec, "special_tokens_map.json"),
+        **read_json(spec, "tokenizer_config.json"),
+    }
+
+
+def content(token: Any) -> str | None:
+    """The text of a special token, which is written as a string or as an object."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """``{"bos_token": text, …}``, the roles that the settings name."""
+    named = {f"{role}_token": content(config.get(f"{role}_token")) for role in ROLES}
+    return {role: text for role, text in named.items() if text}
+
+
+def chat_templates(spec: TokenizerSpec) -> dict[str, str]:
+    """Chat templates by name; the main one is "default".
+
+    A chat_template.jinja stands above the settings, as in transformers.
+    """
+    given = read_json(spec, "tokenizer_config.json").get("chat_template")
+    found: dict[str, str] = {}
+    if isinstance(given, str):
+        found["default"] = given
+    for entry in given if isinstance(given, list) else ():
+        if isinstance(entry, Mapping) and isinstance(entry.get("template"), str):
+            found[str(entry.get("name"))] = entry["template"]
+    if "default" not in found and (old := content_of_json_template(spec)):
+        found["default"] = old
+    for name, raw in spec.files.items():
+        folder, _, base = name.rpartition("/")
+        if name == "chat_template.jinja":
+            found["default"] = _text(raw, name)
+        elif folder == "additional_chat_templates" and base.endswith(".jinja"):
+            found[base.removesuffix(".jinja")] = _text(raw, name)
+    return found
+
+
+def content_of_json_template(spec: TokenizerSpec) -> str | None:
+    """The template of a chat_template.json, as processors write it."""
+    template = read_json(spec, "chat_template.json").get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _text(raw: bytes, name: str) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{name} is not UTF-8: {error}") from error
+
+
+def document(spec: TokenizerSpec) -> Json:
+    """The tokenizer as the content of a tokenizer.json, complete.
+
+    From tokenizer.json itself, from a SentencePiece tokenizer.model, or from vocab.json and
+    merges.txt. Raises TokenizerError if there is none of them, or they contradict themselves.
+    """
+    config = settings(spec)
+    if "tokenizer.json" in spec.files:
+        made = read_json(spec, "tokenizer.json")
+        default_bos = False
+    elif "tokenizer.model" in spec.files:
+        made = sentencepiece.document(sentencepiece.parse(spec.files["tokenizer.model"]))
+        default_bos = True  # as LlamaTokenizer, the class of such folders
+    elif "vocab.json" in spec.files and "merges.txt" in spec.files:
+        made = _from_vocab_and_merges(spec, config)
+        default_bos = False
+    else:
+        raise TokenizerError(
+            "no tokenizer found: expected tokenizer.json, tokenizer.model, or vocab.json with "
+            f"merges.txt, and there is {', '.join(sorted(spec.files)) or 'nothing'}"
+        )
+    if not isinstance(made.get("model"), dict) or "vocab" not in made["model"]:
+        raise TokenizerError("tokenizer.json has no model with a vocabulary")
+    made["truncation"] = made["padding"] = None  # a prompt is never cut or filled
+    _add_tokens(made, spec, config)
+    _set_ends(made, config, default_bos)
+    return made
+
+
+def vocabulary(made: Mapping[str, Any]) -> dict[str, int]:
+    """Token text → id, added tokens included."""
+    vocab = made["model"]["vocab"]
+    if isinstance(vocab, list):  # Unigram: [text, score] by id
+        ids = {entry[0]: i for i, entry in enumerate(vocab)}
+    else:
+        ids = dict(vocab)
+    for token in made.get("added_tokens") or ():
+        ids[token["content"]] = token["id"]
+    return ids
+
+
+def _from_vocab_and_merges(spec: TokenizerSpec, config: Json) -> Json:
+    kind = config.get("tokenizer_class")
+    if kind not in _CLASS_PRE:
+        raise TokenizerError(
+            f"a {kind} without tokenizer.json cannot be rebuilt from vocab.json and merges.txt; "
+            "save it with save_pretrained of a fast tokenizer first"
+        )
+    lines = _text(spec.files["merges.txt"], "merges.txt").split("\n")
+    merges = []
+    for number, line in enumerate(lines, 1):
+        pair = line.rstrip("\r").split(" ")
+        if line.startswith("#version") or not line.strip():
+            continue
+        if len(pair) != 2:
+            raise TokenizerError(f"merges.txt, line {number}: expected two tokens, found {line!r}")
+        merges.append(pair)
+    name = _CLASS_PRE[kind]
+    made = byte_level_document(read_json(spec, "vocab.json"), merges, pre.gpt2_pre_tokenizer())
+    if name == "qwen2":
+        made["pre_tokenizer"] = pre.pre_tokenizer(name)[0]
+        made["normalizer"] = {"type": "NFC"}
+    return made
+
+
+def byte_level_document(
+    vocab: Mapping[str, int],
+    merges: list[list[str]],
+    pre_tokenizer: Json,
+    ignore_merges: bool = False,
+) -> Json:
+    """A tokenizer.json of a GPT-2 style byte-level tokenizer, without added tokens."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": dict(vocab),
+            "merges": merges,
+        },
+    }
+
+
+def added_token(text: str, number: int, special: bool, **flags: bool) -> Json:
+    """An entry of ``added_tokens``."""
+    return {
+        "id": number,
+        "content": text,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": special,
+        **flags,
+    }
+
+
+def _add_tokens(made: Json, spec: TokenizerSpec, config: Json) -> None:
+    """Add the tokens that are declared outside tokenizer.json; mark those with a role special."""
+    ids = vocabulary(made)
+    taken = set(ids.values())
+    added = made["added_tokens"] = list(made.get("added_tokens") or ())
+    by_text = {token["content"]: token for token in added}
+    declared: dict[str, Json] = {
+        text: added_token(text, number, special=False)
+        for text, number in read_json(spec, "added_tokens.json").items()
+        if isinstance(number, int)
+    }
+    for number, entry in (config.get("added_tokens_decoder") or {}).items():
+        if (text := content(entry)) is not None and str(number).isdigit():
+            flags = {k: v for k, v in entry.items() if k not in ("content", "__type")}
+            declared[text] = added_token(text, int(number), **{"special": False, **flags})
+    roles = set(special_tokens(config).values())
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key)
+        if isinstance(more, (list, tuple)):
+            roles |= {text for token in more if (text := content(token))}
+    for text in roles:
+        if text in ids:
+            declared.setdefault(text, added_token(text, ids[text], special=True))
+    vocab = made["model"]["vocab"]
+    for text, token in sorted(declared.items(), key=lambda item: item[1]["id"]):
+        if text in by_text or ids.get(text, token["id"]) != token["id"]:
+            continue
+        if text not in ids:
+            if token["id"] in taken:
+                continue
+            if isinstance(vocab, dict):  # pins the id, which is otherwise the next free one
+                vocab[text] = token["id"]
+        by_text[text] = token
+        added.append(token)
+    for token in added:
+        if token["content"] in roles:
+            token["special"] = True
+
+
+def _set_ends(made: Json, config: Json, default_bos: bool) -> None:
+    """Let explicit ``add_bos_token`` and ``add_eos_token`` decide what an encoding begins with."""
+    flags = [config.get("add_bos_token"), config.get("add_eos_token")]
+    if made.get("post_processor") is None and default_bos and flags[0] is None:
+        flags[0] = True
+    if not any(isinstance(flag, bool) for flag in flags):
+        return
+    texts = special_tokens(config)
+    ids = vocabulary(made)
+    ends: list[str | None] = []
+    for flag, role in zip(flags, ("bos_token", "eos_token")):
+        text = texts.get(role) if flag is True else None
+        ends.append(text if text in ids else None)
+    if ends == list(template_ends(made.get("post_processor"))):
+        return
+    made["post_processor"] = template_processing(ends[0], ends[1], ids)
+
+
+def template_processing(first: str | None, last: str | None, ids: Mapping[str, int]) -> Json:
+    """A post-processor that puts a token before and one after every text."""
+
+    def special(text: str | None, part: int) -> list[Json]:
+        return [] if text is None else [{"SpecialToken": {"id": text, "type_id": part}}]
+
+    def around(sequence: str, part: int) -> list[Json]:
+        body = [{"Sequence": {"id": sequence, "type_id": part}}]
+        return [*special(first, part), *body, *special(last, part)]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
+        "special_tokens": {
+            text: {"id": text, "ids": [ids[text]], "tokens": [text]}
+            for text in (first, last)
+            if text is not None
+        },
+    }
+
+
+def template_ends(post_processor: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
+    """The special tokens that a post-processor puts before and after a single text."""
+    first = last = None
+    for step in (post_processor or {}).get("processors") or [post_processor or {}]:
+        if step.get("type") == "TemplateProcessing":
+            single = step.get("single") or [{}]
+            specials = [(part.get("SpecialToken") or {}).get("id") for part in single]
+            at = next((i for i, part in enumerate(single) if "Sequence" in part), len(single))
+            first = next((text for text in specials[:at] if text), None)
+            last = next((text for text in reversed(specials[at:]) if text), None)
+        elif step.get("type") in ("RobertaProcessing", "BertProcessing"):
+            first, last = (step.get("cls") or [None])[0], (step.get("sep") or [None])[0]
+    return first, last
+
+
+def merge_pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The merges of a BPE model, in order, whichever of the two spellings the file has."""
+    pairs = []
+    for merge in model.get("merges") or ():
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if len(parts) != 2:
+            raise TokenizerError(f"tokenizer.json: merge {merge!r} is not a pair")
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def merge_scores(model: Mapping[str, Any]) -> dict[str, float]:
+    """Scores that put the products of merges in the order in which they are merged.
+
+    SentencePiece merges by score, tokenizer.json by rank: the first product gets 0, the next -1.
+    """
+    scores: dict[str, float] = {}
+    for left, right in merge_pairs(model):
+        scores.setdefault(left + right, -float(len(scores)))
+    return scores
+
+
+def finite(score: Any) -> bool:
+    return isinstance(score, (int, float)) and math.isfinite(score)
