@@ -33,11 +33,13 @@ def git_oid(data: bytes) -> str:
 
 @dataclass
 class Repo:
-    """Commits (hash → name → bytes) and refs (branch or tag → hash)."""
+    """Commits (hash → name → bytes) and refs (branch or tag → hash). With ``xet``, large files are
+    said to be in Xet storage, which this server does not have."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    xet: bool = False
 
     def commit(self, files: dict[str, bytes], *refs: str) -> str:
         """Add a commit that ``refs`` point to; returns its hash."""
@@ -168,6 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._tree(match[1], match[2])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(match[1], match[2], match[3])
+        elif "/xet-read-token/" in path:
+            self._error(501, None)
         else:
             self._error(404, "EntryNotFound")
 
@@ -236,6 +240,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("X-Repo-Commit", commit)
             self.send_header("X-Linked-Etag", f'"{sha256(data)}"')
             self.send_header("X-Linked-Size", str(len(data)))
+            if self.hub.repos[repo].xet:
+                self.send_header("X-Xet-Hash", sha256(data))
+                auth = f"{self.hub.url}/api/models/{repo}/xet-read-token/{commit}"
+                self.send_header("Link", f'<{auth}>; rel="xet-auth"')
             self.send_header("Content-Length", "0")
             self.end_headers()
         else:

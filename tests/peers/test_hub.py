@@ -352,6 +352,15 @@ def test_a_model_that_cannot_fit_is_not_begun(hub: HubServer, client: Client) ->
     assert not any(r.cdn for r in hub.requests)
 
 
+def test_xet_storage_can_be_turned_off_and_fails_clearly(hub: HubServer, client: Client) -> None:
+    hub.repo("org/xet", xet=True).commit(model(SMALL))
+    found = client("open", "org/xet")
+    assert found["error"] == "NetworkError", found
+    assert "org/xet" in found["message"]
+    assert not any(r.cdn for r in hub.requests)
+    assert client("open", "org/xet", env={"HF_HUB_DISABLE_XET": "1"})["first"] == 8.0
+
+
 def test_nothing_is_printed(hub: HubServer, client: Client) -> None:
     hub.repo("org/tiny").commit(model(BIG))
     done = subprocess.run(

@@ -6,6 +6,7 @@ import json
 import struct
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_reads_what_the_safetensors_package_wrote(tmp_path: Path) -> None:
                 assert got.dtype == array.dtype
                 assert got.tobytes() == rows[start:stop].tobytes()
     file.close()
+
+
+@pytest.mark.usefixtures("read_method")
+def test_threads_share_a_file(tmp_path: Path) -> None:
+    array = np.arange(64 * 1024, dtype=np.uint32).reshape(64, 1024)
+    save_file({"w": array}, tmp_path / "w.safetensors")
+    file = SafetensorsFile(tmp_path / "w.safetensors")
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda i: file.read_rows("w", i % 64, i % 64 + 1), range(2000)))
+    assert all(np.array_equal(row[0], array[i % 64]) for i, row in enumerate(rows))
 
 
 def test_weights_are_fresh_and_writable(tmp_path: Path) -> None:
