@@ -6,11 +6,12 @@ them when it is imported.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +90,37 @@ def download(
     Raises SourceNotFoundError, AccessDeniedError, NetworkError, UnsafeFileError (only pickles),
     CorruptFileError (a wrong hash; the file is removed) and DiskFullError.
     """
+    found = look_up(repo, revision, gguf=gguf, offline=offline, progress=progress, warn=warn)
+    if isinstance(found, Snapshot):
+        return found
+    with translated(repo, revision):
+        chosen = choose(found, gguf)
+        found.loader.check_disk(chosen)
+        found.loader.fetch_all(chosen)
+        _remember(found.loader, revision)
+    folder = found.loader.snapshot
+    path = folder / chosen[0].name if gguf is not None else folder
+    return Snapshot(path, repo, found.loader.commit)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files that a repository has at one commit, and what fetches them."""
+
+    loader: Downloader
+    files: dict[str, RemoteFile]
+
+
+def look_up(
+    repo: str,
+    revision: str | None,
+    *,
+    gguf: str | None,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+    warn: Warn | None = None,
+) -> Listing | Snapshot:
+    """What the Hub has, or the cached copy if it cannot be asked; see :func:`download`."""
     if revision is not None and not _is_revision(revision):
         raise SourceNotFoundError(f"{repo}: {revision!r} cannot be the name of a revision")
     from huggingface_hub import HfApi, constants
@@ -97,15 +129,13 @@ def download(
         return _cached(repo, revision, gguf, "working offline")
     api = HfApi(library_name="mlxedge", library_version=VERSION)
     try:
-        info = api.model_info(
-            repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )
-    except Exception as error:
-        known = _translated(error, repo, revision)
-        if not isinstance(known, NetworkError):
-            raise known from error
-        snapshot = _cached(repo, revision, gguf, str(known))
-        (warn or warnings.warn)(f"{known}; using the cached copy of commit {snapshot.commit[:12]}")
+        with translated(repo, revision):
+            info = api.model_info(
+                repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
+    except NetworkError as error:
+        snapshot = _cached(repo, revision, gguf, str(error))
+        (warn or warnings.warn)(f"{error}; using the cached copy of commit {snapshot.commit[:12]}")
         return snapshot
     commit = info.sha or ""
     if not _COMMIT.fullmatch(commit):
@@ -117,28 +147,28 @@ def download(
         s.rfilename: RemoteFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None, s.blob_id)
         for s in info.siblings or []
     }
-    loader = Downloader(repo, commit, progress)
+    return Listing(Downloader(repo, commit, progress), files)
+
+
+def choose(found: Listing, gguf: str | None) -> list[RemoteFile]:
+    """The weight files to load, after everything small beside them has been fetched."""
+    loader, files = found.loader, found.files
+    if gguf is not None:
+        return [files[_choose_gguf(loader.repo, list(files), gguf)]]
+    _check_loadable(loader.repo, list(files))
+    loader.fetch_all([f for name, f in files.items() if _is_side_file(name)])
+    return [files[name] for name in _weight_files(loader, files)]
+
+
+@contextlib.contextmanager
+def translated(repo: str, revision: str | None) -> Iterator[None]:
+    """Raise the client's errors as this package's."""
     try:
-        path = _fetch(loader, files, gguf)
-        _remember(loader, revision)
+        yield
     except MlxedgeError:
         raise
     except Exception as error:
         raise _translated(error, repo, revision) from error
-    return Snapshot(path, repo, commit)
-
-
-def _fetch(loader: Downloader, files: dict[str, RemoteFile], gguf: str | None) -> Path:
-    if gguf is not None:
-        chosen = [files[_choose_gguf(loader.repo, list(files), gguf)]]
-    else:
-        _check_loadable(loader.repo, list(files))
-        side = [f for name, f in files.items() if _is_side_file(name)]
-        loader.fetch_all(side)
-        chosen = [files[name] for name in _weight_files(loader, files)]
-    loader.check_disk(chosen)
-    loader.fetch_all(chosen)
-    return loader.snapshot / chosen[0].name if gguf is not None else loader.snapshot
 
 
 def _is_side_file(name: str) -> bool:
