@@ -1,0 +1,1 @@
+"""What runs a model: mlxedge's own forward pass ("numpy"), or mlx-lm ("mlx")."""

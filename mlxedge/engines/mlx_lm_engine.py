@@ -1,0 +1,126 @@
+"""mlx-lm: what runs a model on Apple silicon, and wherever MLX is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.engines.base import check_tokens
+from mlxedge.errors import BackendError, UsageError
+from mlxedge.models import spec_for
+from mlxedge.sampling import Sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlxedge.sources.checkpoint import Checkpoint
+
+_CHUNK = 512
+
+
+@dataclass
+class MlxState:
+    """mlx-lm's cache of a sequence. ``length`` counts what may be relied on."""
+
+    cache: list[Any]
+    length: int = 0
+
+
+class MlxLmEngine:
+    """Implements ``Engine`` on a Hugging Face or MLX folder.
+
+    Raises BackendError if mlx-lm is not installed or cannot load the folder, UsageError for a
+    checkpoint that is no folder.
+    """
+
+    name = "mlx"
+    threads: int | None = None
+
+    def __init__(self, checkpoint: Checkpoint, context: int) -> None:
+        if importlib.util.find_spec("mlx_lm") is None:
+            raise BackendError("engine mlx needs mlx-lm: pip install 'mlxedge[mlx]'")
+        if checkpoint.origin.kind not in ("hf", "mlx"):
+            raise UsageError(
+                f"engine mlx runs MLX and Hugging Face folders, not {checkpoint.origin.path}: "
+                "convert it first (mlxedge convert … --to mlx:4bit), or use engine numpy"
+            )
+        from mlx_lm.models.cache import make_prompt_cache
+        from mlx_lm.utils import load_model
+
+        config = checkpoint.config
+        # mlx-lm reads one style of rope settings only; what it is given has both.
+        config = spec_for(config).mlx_config(config)
+        try:
+            self._model, _ = load_model(checkpoint.origin.path, model_config=config)
+        except Exception as error:
+            raise BackendError(f"mlx-lm cannot load {checkpoint.origin.path}: {error}") from error
+        self._make_cache = make_prompt_cache
+        self._vocab, self._context = int(config["vocab_size"]), context
+
+    def state(self) -> MlxState:
+        return MlxState(self._make_cache(self._model))
+
+    def truncate(self, state: MlxState, length: int) -> None:
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+        held = max((int(getattr(c, "offset", 0)) for c in state.cache), default=0)
+        state.length = min(state.length, length)
+        if held == state.length:
+            return
+        if can_trim_prompt_cache(state.cache):
+            trim_prompt_cache(state.cache, held - state.length)
+        else:
+            # A cache that has turned over has lost what would have to come back.
+            state.cache, state.length = self._make_cache(self._model), 0
+
+    def run(self, tokens: Sequence[int], state: MlxState, results: int) -> np.ndarray:
+        import mlx.core as mx
+        import numpy as np
+
+        check_tokens(tokens, self._vocab, state.length, self._context)
+        first_result = len(tokens) - results
+        found = [np.empty((0, self._vocab), np.float32)]
+        for first in range(0, len(tokens), _CHUNK):
+            piece = list(tokens[first : first + _CHUNK])
+            logits = self._model(mx.array([piece]), cache=state.cache)[0]
+            state.length += len(piece)
+            wanted = min(max(first + len(piece) - first_result, 0), len(piece))
+            # The cache's arrays are part of what must be computed now.
+            mx.eval(logits, [c.state for c in state.cache])
+            if wanted:
+                found.append(np.array(logits[len(piece) - wanted :].astype(mx.float32)))
+        return found[-1] if len(found) == 2 else np.concatenate(found)
+
+    def generate(
+        self, tokens: Sequence[int], state: MlxState, sampling: Sampling, most: int
+    ) -> Generator[int, None, None]:
+        import mlx.core as mx
+        from mlx_lm.generate import generate_step
+        from mlx_lm.sample_utils import make_sampler
+
+        check_tokens(tokens, self._vocab, state.length, self._context)
+        if sampling.seed is not None:
+            mx.random.seed(sampling.seed)
+        sampler = make_sampler(
+            temp=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=min(sampling.top_k, self._vocab - 1),
+            min_p=sampling.min_p,
+        )
+        steps = generate_step(
+            mx.array(list(tokens)),
+            self._model,
+            max_tokens=most,
+            sampler=sampler,
+            prompt_cache=state.cache,
+            prefill_step_size=_CHUNK,
+        )
+        # mlx-lm runs one token ahead; that one is not counted, and truncate() drops it.
+        for length, (token, _) in enumerate(steps, state.length + len(tokens)):
+            state.length = length
+            yield int(token)
+
+    def close(self) -> None:
+        del self._model
