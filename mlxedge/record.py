@@ -114,7 +114,7 @@ def write_record(
             "files": _files(plan.path),
             "bytes": plan.nbytes,
             "bits_per_weight": round(plan.bits_per_weight, 4),
-            "relative_error": _finite(result.error),
+            "relative_error": finite(result.error),
         },
         "backend": report.backend,
         "threads": report.threads,
@@ -131,7 +131,7 @@ def write_record(
                 "encoding": t.encoding,
                 "how": planned[t.name].how,
                 "reason": planned[t.name].reason,
-                "relative_error": _finite(t.error),
+                "relative_error": finite(t.error),
             }
             for t in result.tensors
         ],
@@ -156,7 +156,8 @@ def _files(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Six digits of ``value`` for JSON, which has no NaN and no infinity."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 

@@ -126,6 +126,8 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
 
 def report_json(report: Report) -> dict[str, Any]:
     """The result for programs."""
+    from mlxedge.record import finite
+
     return {
         "backend": report.backend,
         "threads": report.threads,
@@ -138,7 +140,7 @@ def report_json(report: Report) -> dict[str, Any]:
                 "record": str(r.record),
                 "bytes": r.plan.nbytes,
                 "bits_per_weight": round(r.plan.bits_per_weight, 4),
-                "relative_error": r.error,
+                "relative_error": finite(r.error),
                 "seconds": round(r.seconds, 3),
                 "resumed_tensors": r.resumed,
             }

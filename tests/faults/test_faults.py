@@ -189,9 +189,9 @@ def test_a_full_disk(model: Path, tmp_path: Path) -> None:
         out = small / "m.gguf"
         run = mlxedge("convert", model, "--to", "gguf:f32", "-o", out)
         fails(run, "free", out=out)
-        # Space that goes away after the check of it.
+        # A disk that something else has filled.
         filler = small / "filler"
-        filler.write_bytes(bytes(400_000))
+        filler.write_bytes(bytes(800_000))
         run = mlxedge("convert", model, "--to", "mlx:2bit", "-o", small / "m")
         fails(run, "free", out=small / "m")
     finally:

@@ -69,7 +69,7 @@ def transformers_logits(folder: Path) -> np.ndarray:
 
 
 def llama_cpp_logits(home: Path) -> np.ndarray:
-    with LlamaCpp(home / "source-F32.gguf") as model:
+    with LlamaCpp(home / "source-F32.gguf", cache="f32") as model:
         return model.logits(TOKENS)
 
 
