@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,10 @@ class RandomAccessFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+#: How a reader opens a file. The files of a repository that is only looked at are elsewhere.
+Opener = Callable[[Path], RandomAccessFile]
 
 
 def shown(text: str) -> str:

@@ -15,7 +15,7 @@ from mlxedge.errors import (
     SourceNotFoundError,
     UnsafeFileError,
 )
-from mlxedge.sources.files import shown
+from mlxedge.sources.files import Opener, RandomAccessFile, shown
 from mlxedge.sources.safetensors import SafetensorsFile
 from mlxedge.tokenizer.spec import TokenizerSpec
 
@@ -175,12 +175,12 @@ class Weights:
     beside those are handed out too, as transformers and mlx-lm do.
     """
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, open_file: Opener = RandomAccessFile) -> None:
         self.files: list[SafetensorsFile] = []
         self.home: dict[str, SafetensorsFile] = {}
         try:
             for path in shards.files:
-                self._add(SafetensorsFile(path), shards.owner)
+                self._add(SafetensorsFile(path, open_file), shards.owner)
             for name, path in shards.owner.items():
                 if name not in self.home:
                     raise CorruptFileError(

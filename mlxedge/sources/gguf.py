@@ -18,7 +18,7 @@ import numpy as np
 from mlxedge.encodings import BF16, F16, F32, GGML_BY_ID, Encoding, Plain
 from mlxedge.errors import CorruptFileError, UnsupportedEncodingError
 from mlxedge.gguf_values import VALUE_TYPES, GgufValue, Metadata
-from mlxedge.sources.files import RandomAccessFile, shown
+from mlxedge.sources.files import Opener, RandomAccessFile, shown
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -76,13 +76,13 @@ class GgufFile:
     data_offset: int
 
 
-def read_gguf(path: str | Path) -> GgufFile:
+def read_gguf(path: str | Path, open_file: Opener = RandomAccessFile) -> GgufFile:
     """Read a GGUF file's metadata and tensor list.
 
     Raises CorruptFileError, with the byte offset, for a file that contradicts itself or its own
     size, and UnsupportedEncodingError for a tensor type that ggml knows and mlxedge does not.
     """
-    file = RandomAccessFile(Path(path))
+    file = open_file(Path(path))
     try:
         return _parse(_Head(file))
     finally:

@@ -23,7 +23,7 @@ from mlxedge.models.layout import heads_of
 from mlxedge.models.spec import RowOrder
 from mlxedge.ops import Parts
 from mlxedge.sources.checkpoint import Checkpoint, Origin, SourceTensor, Tensors
-from mlxedge.sources.files import RandomAccessFile, check_rows, numpy_dtype, shown
+from mlxedge.sources.files import Opener, RandomAccessFile, check_rows, numpy_dtype, shown
 from mlxedge.sources.gguf import GgufFile, GgufTensor, read_gguf
 from mlxedge.tokenizer.spec import TokenizerSpec
 
@@ -34,19 +34,25 @@ _QUANT = re.compile(
 _DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
-def open_gguf(path: Path, *, repo: str | None = None, revision: str | None = None) -> Checkpoint:
+def open_gguf(
+    path: Path,
+    *,
+    repo: str | None = None,
+    revision: str | None = None,
+    open_file: Opener = RandomAccessFile,
+) -> Checkpoint:
     """Open a GGUF file.
 
     Raises CorruptFileError, UnsupportedModelError (an unknown architecture, a tensor that the
     architecture does not have, one part of a split file) and UnsupportedEncodingError.
     """
-    gguf = read_gguf(path)
+    gguf = read_gguf(path, open_file)
     _refuse_split(gguf)
     arch = _text(gguf, "general.architecture")
     if arch is None:
         raise CorruptFileError(path, "the metadata has no general.architecture")
     spec = spec_for_gguf(arch)
-    file = RandomAccessFile(path)
+    file = open_file(path)
     try:
         extra = {t.name: _floats(file, t) for t in gguf.tensors if t.name in spec.gguf_only}
         config = _config(gguf, spec, extra)

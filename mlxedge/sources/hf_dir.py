@@ -8,13 +8,21 @@ from typing import Any
 from mlxedge.errors import SourceNotFoundError, UnsupportedEncodingError
 from mlxedge.sources import folder as common
 from mlxedge.sources.checkpoint import Checkpoint, Origin, Tensors
+from mlxedge.sources.files import Opener, RandomAccessFile
 from mlxedge.sources.mlx_dir import is_mlx, mlx_tensors
 
 
 def open_folder(
-    folder: Path, *, repo: str | None = None, revision: str | None = None
+    folder: Path,
+    *,
+    repo: str | None = None,
+    revision: str | None = None,
+    shards: common.Shards | None = None,
+    open_file: Opener = RandomAccessFile,
 ) -> Checkpoint:
     """Open a folder that transformers or mlx-lm would load.
+
+    ``shards`` and ``open_file`` are for weight files that are not in the folder.
 
     Raises SourceNotFoundError (no config, no weights, a missing shard), UnsafeFileError (only
     pickles, an index that points outside), CorruptFileError and UnsupportedEncodingError (weights
@@ -24,11 +32,11 @@ def open_folder(
         shards = common.find_shards(folder)  # its complaint is the better one, if it has any
         raise SourceNotFoundError(f"{folder}: no config.json beside {shards.files[0].name}")
     config = common.read_json(folder / common.CONFIG)
-    shards = common.find_shards(folder)
+    shards = shards or common.find_shards(folder)
     generation = folder / common.GENERATION_CONFIG
     generation_config = common.read_json(generation) if generation.is_file() else {}
     tokenizer, tokenizer_files = common.read_tokenizer(folder)
-    weights = common.Weights(shards)
+    weights = common.Weights(shards, open_file)
     try:
         mlx = is_mlx(config, weights)
         tensors = (

@@ -17,7 +17,7 @@ from mlxedge.encodings import PLAIN, Plain
 from mlxedge.encodings.base import ITEM_SIZE
 from mlxedge.errors import CorruptFileError, UnsupportedEncodingError
 from mlxedge.sources.checkpoint import SourceTensor
-from mlxedge.sources.files import RandomAccessFile, check_rows, numpy_dtype, shown
+from mlxedge.sources.files import Opener, RandomAccessFile, check_rows, numpy_dtype, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,9 +70,9 @@ class SafetensorsFile:
     ``__metadata__``. Raises CorruptFileError if the header contradicts itself or the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, open_file: Opener = RandomAccessFile) -> None:
         self.path = path
-        self._file = RandomAccessFile(path)
+        self._file = open_file(path)
         try:
             self.metadata, self.entries = _parse_header(self._file)
         except BaseException:
