@@ -202,7 +202,8 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, on the CPU.
 
     ``context`` is the most tokens that one call may hold; ``cache`` is the type of the key-value
-    cache ("f16", llama.cpp's default, or "f32" to take its rounding out of a comparison).
+    cache ("f16", llama.cpp's default, or "f32" to take its rounding out of a comparison, and that of
+    flash attention, which rounds to f16 whatever the cache is).
     Raises ``OSError`` with llama.cpp's own words if the file does not load.
     """
 
@@ -238,6 +239,8 @@ class LlamaCpp:
         settings.n_outputs_max_per_seq = 0  # as many as the batch holds
         settings.n_threads = settings.n_threads_batch = threads
         settings.type_k = settings.type_v = {"f16": _F16, "f32": _F32}[cache]
+        if cache == "f32":
+            settings.flash_attn_type = 0
         self._context = self._lib.llama_init_from_model(self._model, settings)
         if not self._context:
             problem = " | ".join(_log)

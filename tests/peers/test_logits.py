@@ -102,4 +102,4 @@ def test_logits_agree(case: tuple[Path, np.ndarray], program: Callable[[Path], n
     home, truth = case
     found = program(home)
     assert found.shape == truth.shape
-    assert np.abs(found - truth).max() <= 1e-3 * np.abs(truth).max()
+    assert np.abs(found - truth).max() <= 1e-4 * np.abs(truth).max()
