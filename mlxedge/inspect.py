@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.errors import DiskFullError, MlxedgeError
 from mlxedge.sources import open_source
+from mlxedge.sources.files import Opener, RandomAccessFile
 
 if TYPE_CHECKING:
     from mlxedge.gguf_values import GgufValue, Metadata
     from mlxedge.sources.checkpoint import Checkpoint
-    from mlxedge.sources.folder import Weights
+    from mlxedge.sources.folder import Shards, Weights
     from mlxedge.sources.hub import HubSpec, Warn
     from mlxedge.sources.hub_download import Progress
     from mlxedge.sources.safetensors import SafetensorsFile
@@ -145,18 +146,26 @@ def inspect(
 def _inspect_hub(
     spec: HubSpec, revision: str | None, progress: Progress | None, warn: Warn | None
 ) -> Inspection:
-    from mlxedge.sources.hub import download
+    from mlxedge.sources.hub import Snapshot
+    from mlxedge.sources.hub_peek import peek
 
-    snapshot = download(spec.repo, revision=revision, gguf=spec.file, progress=progress, warn=warn)
-    found = inspect(snapshot.path)
-    return replace(found, repo=snapshot.repo, revision=snapshot.commit)
+    seen = peek(spec.repo, revision=revision, gguf=spec.file, progress=progress, warn=warn)
+    if isinstance(seen, Snapshot):
+        found = inspect(seen.path)
+    elif spec.file is not None:
+        (file,) = seen.files
+        found = _inspect_gguf(file, seen.open_file)
+    else:
+        found = _inspect_folder(seen.folder, seen.shards, seen.open_file)
+    path = found.path if isinstance(seen, Snapshot) else None
+    return replace(found, path=path, repo=seen.repo, revision=seen.commit)
 
 
-def _inspect_gguf(path: Path) -> Inspection:
+def _inspect_gguf(path: Path, open_file: Opener = RandomAccessFile) -> Inspection:
     from mlxedge.sources.gguf import read_gguf
-    from mlxedge.sources.gguf_model import model_name
+    from mlxedge.sources.gguf_model import model_name, open_gguf
 
-    gguf = read_gguf(path)
+    gguf = read_gguf(path, open_file)
     values = {key: _shortest(v) for key, v in gguf.metadata.items()}
     arch = values.get("general.architecture")
     tokens = gguf.metadata.get("tokenizer.ggml.tokens")
@@ -165,11 +174,11 @@ def _inspect_gguf(path: Path) -> Inspection:
         name=model_name(path),
         kind="gguf",
         path=path,
-        files={path.name: path.stat().st_size},
+        files={path.name: _size(path, open_file)},
         tensors=[TensorInfo(t.name, t.shape, t.encoding.name, t.nbytes) for t in gguf.tensors],
         metadata={"gguf.version": gguf.version, **values},
-        reopen=lambda: open_source(path),
-        architecture=arch if isinstance(arch, str) else None,
+        reopen=lambda: open_gguf(path, open_file=open_file),
+        architecture=_string(arch),
         quantization=gguf_label(gguf.metadata),
         context_length=_integer(values.get(f"{arch}.context_length")),
         vocab_size=_integer(vocab) or (len(tokens.value) if tokens else None),
@@ -180,35 +189,43 @@ def _inspect_gguf(path: Path) -> Inspection:
     )
 
 
-def _inspect_folder(folder: Path) -> Inspection:
+def _inspect_folder(
+    folder: Path, shards: Shards | None = None, open_file: Opener = RandomAccessFile
+) -> Inspection:
     from mlxedge.sources import folder as common
+    from mlxedge.sources.hf_dir import open_folder
 
     config = _json_if_there(folder / common.CONFIG)
-    shards = common.find_shards(folder)
-    with closing(common.Weights(shards)) as weights:
+    shards = shards or common.find_shards(folder)
+    with closing(common.Weights(shards, open_file)) as weights:
         kind, tensors = _folder_tensors(folder, config, weights)
         header = _headers(weights.files)
     tokenizer, side = common.read_tokenizer(folder)
     generation = _json_if_there(folder / common.GENERATION_CONFIG)
-    for name in (common.CONFIG, common.GENERATION_CONFIG):
-        if (folder / name).is_file():
-            side.append(folder / name)
-    files = [*shards.files, *([shards.index] if shards.index else []), *side]
-    metadata = _prefixed("config", config) | _prefixed("generation_config", generation) | header
+    side += [
+        folder / n for n in (common.CONFIG, common.GENERATION_CONFIG) if (folder / n).is_file()
+    ]
+    side += [shards.index] if shards.index else []
+    sizes = {f: _size(f, open_file) for f in shards.files} | {f: f.stat().st_size for f in side}
     return Inspection(
         name=common.model_name(folder),
         kind=kind,
         path=folder,
-        files={f.relative_to(folder).as_posix(): f.stat().st_size for f in files},
+        files={f.relative_to(folder).as_posix(): size for f, size in sizes.items()},
         tensors=tensors,
-        metadata=metadata,
-        reopen=lambda: open_source(folder),
+        metadata=_prefixed("config", config) | _prefixed("generation_config", generation) | header,
+        reopen=lambda: open_folder(folder, shards=shards, open_file=open_file),
         quantization=folder_label(config, tensors),
         license=common.read_license(folder),
         has_tokenizer=tokenizer is not None,
         has_chat_template=tokenizer is not None and _has_template(tokenizer.files),
         **_of_config(config),
     )
+
+
+def _size(path: Path, open_file: Opener) -> int:
+    with closing(open_file(path)) as file:
+        return file.size
 
 
 def _inspect_safetensors(path: Path) -> Inspection:
@@ -292,6 +309,8 @@ def obstacles(found: Inspection) -> dict[str, str | None]:
     except MlxedgeError as error:
         return dict.fromkeys(_TRIALS, str(error))
     why: dict[str, str | None] = {}
+    here = tuple(file for file in checkpoint.origin.files if file.exists())
+    checkpoint = replace(checkpoint, origin=replace(checkpoint.origin, files=here))
     with checkpoint:
         for kind, spec in _TRIALS.items():
             target = parse_target(spec)

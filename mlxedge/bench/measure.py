@@ -1,8 +1,9 @@
 """How fast a model runs, by llama-bench's definitions (tools/llama-bench of llama.cpp).
 
-*Prefill*: ``p`` tokens in one go on an empty context. *Decode*: ``n`` tokens one by one, from an
-empty context. Neither counts tokenization, sampling or detokenization: the tokens are random ones
-that are fixed beforehand. One warm-up of each comes first; every later run is kept.
+*Prefill*: ``p`` random tokens in one go on an empty context, until the next one is known. *Decode*:
+``n`` tokens one by one, from an empty context. There is no text, so neither tokenization nor
+detokenization counts, nor does sampling: the likeliest token is taken, which costs next to nothing.
+One warm-up of each comes first; every later run is kept.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from mlxedge.errors import UsageError
+from mlxedge.errors import BackendError, UsageError
+from mlxedge.sampling import Sampling
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mlxedge.generate import Model
     from mlxedge.sources.checkpoint import Checkpoint
 
 PROMPT_TOKENS = 512
@@ -29,16 +32,6 @@ _SEED = 0
 
 #: Called with runs done, runs in all, and what runs now.
 ProgressHook = Callable[[int, int, str], None]
-
-
-class Stepper(Protocol):
-    """What is timed. Each call returns when its logits have been computed."""
-
-    def reset(self) -> None:
-        """Begin with an empty context."""
-
-    def feed(self, tokens: list[int]) -> None:
-        """Run ``tokens`` after those that went before, and compute the logits of the last."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,6 @@ def measure(
     """Load ``source`` and time it. With 0 ``prompt_tokens`` or ``generated_tokens`` that test is
     left out. Raises UsageError for a test longer than the model's context."""
     from mlxedge.bench.memory import PeakMemory
-    from mlxedge.bench.stepper import stepper_of
     from mlxedge.generate import load
 
     if prompt_tokens <= 0 and generated_tokens <= 0:
@@ -116,12 +108,10 @@ def measure(
                 f"{model.name} has a context of {model.context_length} tokens: it cannot run "
                 f"{longest}; use smaller -p and -n"
             )
-        stepper = stepper_of(model)
-        vocab = model.config["vocab_size"]
-        runs = _Runs(stepper, vocab, repeats, progress)
+        runs = _Runs(model, repeats, progress)
         return Measurement(
             engine=model.engine,
-            threads=stepper.threads,
+            threads=model.threads,
             prompt_tokens=prompt_tokens,
             generated_tokens=generated_tokens,
             repeats=repeats,
@@ -136,38 +126,35 @@ def measure(
 class _Runs:
     """Repeats tests; every run has its own random tokens, so that no cache of prompts can help."""
 
-    def __init__(
-        self, stepper: Stepper, vocab: int, repeats: int, progress: ProgressHook | None
-    ) -> None:
-        self._stepper = stepper
-        self._vocab = vocab
+    def __init__(self, model: Model, repeats: int, progress: ProgressHook | None) -> None:
+        self._runner = model.runner
+        self._vocab = range(int(model.config["vocab_size"]))
         self._repeats = repeats
         self._progress = progress
         self._random = random.Random(_SEED)
 
     def prefill(self, count: int) -> Series:
-        return self._repeat(count, "prefill", self._stepper.feed)
+        return self._repeat("prefill", fed=count, counted=count, generated=1)
 
     def decode(self, count: int) -> Series:
-        def one_by_one(tokens: list[int]) -> None:
-            for token in tokens:
-                self._stepper.feed([token])
+        return self._repeat("decode", fed=1, counted=count, generated=count)
 
-        return self._repeat(count, "decode", one_by_one)
-
-    def _repeat(self, count: int, name: str, test: Callable[[list[int]], None]) -> Series:
+    def _repeat(self, name: str, *, fed: int, counted: int, generated: int) -> Series:
         seconds = []
         runs = _WARMUPS + self._repeats
         for run in range(runs):
-            tokens = self._random.choices(range(self._vocab), k=count)
-            self._stepper.reset()
             if self._progress:
                 self._progress(run, runs, name)
+            tokens = self._random.choices(self._vocab, k=fed)
+            state = self._runner.state()
+            steps = self._runner.generate(tokens, state, Sampling(), generated)
             started = time.perf_counter()
-            test(tokens)
+            made = sum(1 for _ in steps)
             elapsed = time.perf_counter() - started
+            if made != generated:
+                raise BackendError(f"engine {self._runner.name} made {made} of {generated} tokens")
             if run >= _WARMUPS:
                 seconds.append(elapsed)
         if self._progress:
             self._progress(runs, runs, name)
-        return Series(count, tuple(seconds))
+        return Series(counted, tuple(seconds))

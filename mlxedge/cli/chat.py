@@ -55,8 +55,8 @@ def command(
         if sys.stdin.isatty():
             _interactive(talk)
         else:
-            for line in click.get_text_stream("stdin", encoding="utf-8", errors="replace"):
-                if not talk.take(line.strip()):
+            for line in sys.stdin.buffer:
+                if not talk.take(line.decode("utf-8", errors="replace").strip()):
                     break
 
 

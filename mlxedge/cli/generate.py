@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,9 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None:
         data, name = file.read_bytes(), str(file)
     elif prompt is None or prompt == "-":
-        stdin = click.get_binary_stream("stdin")
-        if prompt is None and stdin.isatty():
+        if prompt is None and sys.stdin.isatty():
             raise UsageError("no prompt: give PROMPT, --prompt-file, or text on stdin")
-        data, name = stdin.read(), "stdin"
+        data, name = sys.stdin.buffer.read(), "stdin"
     else:
         return prompt
     try:
