@@ -108,8 +108,8 @@ def _model_kind(document: Mapping[str, Any]) -> str:
         if decoder.get("type") == "ByteLevel" or "ByteLevel" in str(document.get("pre_tokenizer")):
             return "gpt2"
     raise TokenizerError(
-        f"llama.cpp runs byte-level BPE and SentencePiece BPE tokenizers; this one is "
-        f"{model.get('type')} without bytes, which mlxedge does not write to GGUF"
+        "only byte-level BPE and SentencePiece BPE tokenizers are written to GGUF; this one is "
+        f"{model.get('type')} {'with' if model.get('byte_fallback') else 'without'} byte fallback"
     )
 
 
@@ -152,7 +152,7 @@ def _pieces(
         if pieces[number] is not None:
             raise TokenizerError(f"token {number} is {pieces[number].text!r} and {text!r}")  # type: ignore[union-attr]
         token = added.get(text)
-        score = scores.get(text, _ADDED_SCORE if token else 0.0)
+        score = _ADDED_SCORE if token else scores.get(text, 0.0)
         if text == unknown and kind == "llama":
             pieces[number] = Piece(text, score, UNKNOWN)
         elif token is None:

@@ -33,6 +33,13 @@ _PUNCT_WORD = (
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
 )
 _EAST_ASIAN = "[一-龥぀-ゟ゠-ヿ]+"
+# llama.cpp knows the general categories only: it reads \p{Lu} and \p{Ll} as any letter.
+_LETTERS = r"[\p{L}\p{M}]"
+# Where an expression names ranges, llama.cpp has taken the wide spaces out of the text before.
+_ASIAN = r"(?:(?!\s)[一-龥ࠀ-一가-퟿])+"
+_WIDE_MARKS = r"\s?[!-/:-~！-／：-～‘-‟、-。]+"
+# Digits in threes from the right. What stands before them stays with the first of them.
+_THREES = r"[^\p{N}]*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 _SENTENCE = " ?[^(\\s|.,!?…。，、।۔،)]+"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -43,6 +50,9 @@ _CAMEL = (
     rf"|{_HEAD}{_NOT_LOWER}+{_NOT_UPPER}*{_CONTRACTION}?"
 )
 _CASED = rf"{_HEAD}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_HEAD}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
+_ANY_CASED = (
+    rf"{_HEAD}{_LETTERS}*{_LETTERS}+{_CONTRACTION}?|{_HEAD}{_LETTERS}+{_LETTERS}*{_CONTRACTION}?"
+)
 _SLASH_MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
 _DEEPSEEK_LETTERS = (
@@ -89,12 +99,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "deepseek-llm": (
         r"[\r\n]",
         _DEEPSEEK_LETTERS,
-        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        _WIDE_MARKS,
         r"\s+$",
-        "[一-龥ࠀ-一가-퟿]+",
+        _ASIAN,
         r"\p{N}+",
     ),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _ASIAN, r"\p{N}"),
     "deepseek3": (
         r"\p{N}{1,3}",
         _EAST_ASIAN,
@@ -108,7 +118,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "youtu": (
         f"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|{_EAST_ASIAN}",
-        rf"{_CASED}|\p{{N}}|{_SLASH_MARKS}|{_SPACES}",
+        rf"{_ANY_CASED}|\p{{N}}|{_SLASH_MARKS}|{_SPACES}",
     ),
     "tekken": (
         rf"{_HEAD}{_NOT_LOWER}*{_NOT_UPPER}+|{_HEAD}{_NOT_LOWER}+{_NOT_UPPER}*|\p{{N}}"
@@ -121,12 +131,17 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         rf"|\p{{N}}{{1,3}}|{_SLASH_MARKS}|{_SPACES}",
     ),
     "tiny-aya": (
-        r"\d{1,3}(?=(?:\d{3})*\b)",
-        rf"{_CASED}|\p{{N}}{{1,3}}|{_SLASH_MARKS}|{_SPACES}",
+        _THREES,
+        rf"{_ANY_CASED}|\p{{N}}{{1,3}}|{_SLASH_MARKS}|{_SPACES}",
+    ),
+    "afmoe": (
+        _THREES,
+        "[一-鿿㐀-䶿豈-\ufaff぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+",
+        rf"{_PUNCT_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
     ),
     "bloom": (_SENTENCE,),
     "viking": (_SENTENCE, r"\p{N}"),
-    "superbpe": (r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
+    "superbpe": (r"\p{N}+", "(?=([0-9]{3})+(?![0-9]))"),
     "chameleon": (
         "<sentinel:[0-9]+>",
         "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
@@ -228,6 +243,7 @@ PRE: dict[str, Pre] = {
     **dict.fromkeys(("tiny_aya", "cohere2moe"), Pre("tiny-aya")),
     **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"), Pre("bloom")),
     "viking": Pre("viking"),
+    "afmoe": Pre("afmoe"),
     "qwen35": Pre("qwen35"),
     "jais-2": Pre("jais2"),
     "tekken": Pre("tekken", ignore_merges=True, add_bos=True),
@@ -246,7 +262,6 @@ PRE: dict[str, Pre] = {
     "chameleon": Pre("chameleon", add_bos=True),
     **dict.fromkeys(
         (
-            "afmoe",
             "kimi-k2",
             "gemma4",
             "granite-embed-multi-311m",
@@ -285,6 +300,8 @@ _NFC = ("qwen2", "qwen35")
 _ANY_CASE = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPELLINGS: dict[str, str] = {
     _GPT2 + r"|\s+": _GPT2,
+    "[一-龥ࠀ-一가-퟿]+": _ASIAN,
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+": _WIDE_MARKS,
     **{
         expression.replace(_CONTRACTION, _ANY_CASE): expression
         for family in FAMILIES.values()

@@ -49,11 +49,11 @@ class Tokenizer:
         self._ids = files.vocabulary(self._document)
         # A GGUF file says of every token whether it is one that controls the model; Hugging Face's
         # files do not always.
-        self._controls = {
+        self._controls = frozenset(
             token["content"]
             for token in self._document["added_tokens"]
             if token.get("special") or (not spec.gguf and looks_special(token["content"]))
-        }
+        )
         self.vocab_size: int = max(self._ids.values(), default=-1) + 1
         self.bos_id: int | None = self._ids.get(self._special.get("bos_token", ""))
         self.eos_id: int | None = self._ids.get(self._special.get("eos_token", ""))
@@ -116,16 +116,16 @@ class Tokenizer:
         text = self._tokenizer.id_to_token(number) if number >= 0 else None
         return f"[PAD{number}]" if text is None else text
 
-    def stream(self) -> ByteStream | TextStream:
+    def stream(self, skip_special: bool = False) -> ByteStream | TextStream:
         """A decoder for tokens as they come: ``add(id)`` returns the text that is complete."""
-        spell = self._token_bytes
-        if spell is None:
-            return TextStream(self.decode)
-        spelled = spell
+        spelled = self._token_bytes
+        if spelled is None:
+            return TextStream(functools.partial(self.decode, skip_special=skip_special))
+        spell, hidden = spelled, self._controls if skip_special else frozenset()
 
         def token(number: int) -> bytes:
             text = self._tokenizer.id_to_token(number) if number >= 0 else None
-            return b"" if text is None else spelled(text)
+            return b"" if text is None or text in hidden else spell(text)
 
         return ByteStream(token, strips_first_space(self._document.get("decoder")))
 

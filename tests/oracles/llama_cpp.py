@@ -202,8 +202,8 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, on the CPU.
 
     ``context`` is the most tokens that one call may hold; ``cache`` is the type of the key-value
-    cache ("f16", llama.cpp's default, or "f32" to take its rounding out of a comparison, and that of
-    flash attention, which rounds to f16 whatever the cache is).
+    cache ("f16", llama.cpp's default, or "f32" to take its rounding out of a comparison, and that
+    of flash attention, which rounds to f16 whatever the cache is).
     Raises ``OSError`` with llama.cpp's own words if the file does not load.
     """
 
