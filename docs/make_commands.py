@@ -1,7 +1,7 @@
 """Put the help texts of the commands into docs/commands.md, between its markers.
 
-    python docs/make_commands.py          # after a change of a command
-    python docs/make_commands.py --check  # fails if the page is out of date
+python docs/make_commands.py          # after a change of a command
+python docs/make_commands.py --check  # fails if the page is out of date
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _BLOCK = re.compile(r"(<!-- help: ?([\w ]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def help_text(arguments: list[str]) -> str:
     """What ``mlxedge ARGUMENTS --help`` prints on a terminal of 90 columns."""
-    done = CliRunner().invoke(main, [*arguments, "--help"], terminal_width=90, color=False)
+    done = CliRunner().invoke(
+        main, [*arguments, "--help"], terminal_width=90, color=False, prog_name="mlxedge"
+    )
     if done.exit_code != 0:
         raise RuntimeError(f"mlxedge {' '.join(arguments)} --help failed: {done.output}")
     return "\n".join(line.rstrip() for line in done.output.strip().splitlines())

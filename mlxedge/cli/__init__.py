@@ -157,6 +157,7 @@ def _one_line(text: str) -> str:
 
 
 @click.group(
+    name="mlxedge",
     cls=Program,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit status: 0, 1 if something failed, 2 if the arguments make no sense. "

@@ -12,12 +12,12 @@ from mlxedge.cli.running import engine_options
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("-p", "--prompt-tokens", type=click.IntRange(min=0), default=512, show_default=True,
-              help="Tokens of the prefill test; 0 leaves it out.")  # fmt: skip
-@click.option("-n", "--gen-tokens", type=click.IntRange(min=0), default=128, show_default=True,
-              help="Tokens of the decode test; 0 leaves it out.")  # fmt: skip
-@click.option("-r", "--repeats", type=click.IntRange(min=1), default=5, show_default=True,
-              help="Runs of each test, after one to warm up.")  # fmt: skip
+@click.option("-p", "--prompt-tokens", type=click.IntRange(min=0), default=512, metavar="N",
+              show_default=True, help="Tokens of the prefill test; 0 leaves it out.")  # fmt: skip
+@click.option("-n", "--gen-tokens", type=click.IntRange(min=0), default=128, metavar="N",
+              show_default=True, help="Tokens of the decode test; 0 leaves it out.")  # fmt: skip
+@click.option("-r", "--repeats", type=click.IntRange(min=1), default=5, metavar="N",
+              show_default=True, help="Runs of each test, after one to warm up.")  # fmt: skip
 @engine_options
 @click.option("-o", "--out", type=click.Path(path_type=Path),
               help="Write the records to this new .json file, or into this folder.")  # fmt: skip

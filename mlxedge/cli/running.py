@@ -15,28 +15,25 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _ENGINE: list[Callable[[Any], Any]] = [
-    click.option(
-        "--engine",
-        "--backend",
-        "engine",
-        type=click.Choice(["mlx", "numpy"]),
-        help="What runs the model: MLX (mlx-lm), or mlxedge's own forward pass.  "
-        "[default: mlx on Apple silicon, else numpy]",
-    ),
-    click.option("--threads", type=click.IntRange(min=1), help="[default: all processors]"),
-]
+    click.option("--engine", "--backend", "engine", type=click.Choice(["mlx", "numpy"]),
+                 help="What runs the model: mlx (mlx-lm), or numpy (mlxedge's own forward pass).  "
+                 "[default: mlx for folders on Apple silicon, else numpy]"),
+    click.option("--threads", type=click.IntRange(min=1), metavar="N",
+                 help="Processors for engine numpy.  [default: all]"),
+]  # fmt: skip
 _SAMPLING: list[Callable[[Any], Any]] = [
-    click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256,
+    click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, metavar="N",
                  show_default=True, help="The most tokens to generate."),
-    click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True,
-                 help="Temperature; 0 always takes the likeliest token."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
+    click.option("--temp", type=click.FloatRange(min=0), default=0.0, metavar="T",
+                 show_default=True, help="Temperature; 0 always takes the likeliest token."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, metavar="P",
                  show_default=True, help="Sample from the likeliest tokens that add up to this."),
-    click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True,
-                 help="Sample from this many of the likeliest tokens; 0 means from all."),
-    click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True,
-                 help="Drop tokens less likely than this part of the likeliest."),
-    click.option("--seed", type=int, help="Makes sampling repeatable.  [default: random]"),
+    click.option("--top-k", type=click.IntRange(min=0), default=0, metavar="K",
+                 show_default=True, help="Sample from this many of the likeliest; 0: from all."),
+    click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, metavar="P",
+                 show_default=True, help="Drop tokens less likely than this share of the best."),
+    click.option("--seed", type=int, metavar="N",
+                 help="Makes sampling repeatable.  [default: random]"),
 ]  # fmt: skip
 
 

@@ -117,19 +117,27 @@ def file_progress() -> Iterator[FileUpdate]:
     if not sys.stderr.isatty():
         yield lambda file, done, total: None
         return
-    with contextlib.ExitStack() as stack:
-        # Opened by the first download: a local source shows nothing.
-        bars: list[Progress] = []
-        tasks: dict[str, Any] = {}
+    shown: list[Progress] = []
+    tasks: dict[str, Any] = {}
 
-        def update(file: str, done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(_bars("bytes")))
-            if file not in tasks:
-                tasks[file] = bars[0].add_task(file, total=total, completed=done, name="")
-            bars[0].update(tasks[file], completed=done, total=total, visible=done < total)
+    def update(file: str, done: int, total: int) -> None:
+        if not shown:
+            # Begun by a download and ended with it: a local source shows nothing, and what comes
+            # after a download may draw a bar of its own.
+            shown.append(_bars("bytes"))
+            shown[0].start()
+        if file not in tasks:
+            tasks[file] = shown[0].add_task(file, total=total, completed=done, name="")
+        shown[0].update(tasks[file], completed=done, total=total, visible=done < total)
+        if shown[0].finished:
+            shown.pop().stop()
+            tasks.clear()
 
+    try:
         yield update
+    finally:
+        for bars in shown:
+            bars.stop()
 
 
 def _bars(unit: str) -> Progress:
