@@ -49,6 +49,7 @@ ASPECTS: dict[str, Callable[[Record], Any]] = {
     "quantization": _of("model", "quantization"),
     "prompt and generation": _shape,
     "engine": _of("engine", "name"),
+    "processor": _of("engine", "processor"),
     "mlxedge": lambda record: record.get("mlxedge"),
 }
 

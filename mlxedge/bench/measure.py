@@ -67,9 +67,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model's runs gave; ``prefill`` or ``decode`` is ``None`` if it was not asked for."""
+    """What one model's runs gave; ``prefill`` or ``decode`` is ``None`` if it was not asked for.
+
+    ``processor`` is "cpu" or "gpu", whatever MLX may be able to use elsewhere.
+    """
 
     engine: str
+    processor: str
     threads: int | None
     prompt_tokens: int
     generated_tokens: int
@@ -111,6 +115,7 @@ def measure(
         runs = _Runs(model, repeats, progress)
         return Measurement(
             engine=model.engine,
+            processor=_processor(model.engine),
             threads=model.threads,
             prompt_tokens=prompt_tokens,
             generated_tokens=generated_tokens,
@@ -121,6 +126,14 @@ def measure(
             decode=runs.decode(generated_tokens) if generated_tokens else None,
             peak_memory_bytes=memory.read(),
         )
+
+
+def _processor(engine: str) -> str:
+    if engine != "mlx":
+        return "cpu"
+    import mlx.core as mx
+
+    return "gpu" if mx.default_device().type == mx.gpu else "cpu"
 
 
 class _Runs:

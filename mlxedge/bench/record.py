@@ -4,10 +4,10 @@ A JSON object with ``"kind": "mlxedge-bench"`` and ``"schema": 1``:
 
 - ``created`` (UTC), ``mlxedge`` (version)
 - ``device``: ``mlxedge.bench.device.describe``
-- ``model``: name, file, format, architecture, sha256, bytes, weight_bytes, parameters,
-  bits_per_weight, quantization. The hash of a folder is that of the list of its weight files, one
+- ``model``: name, file, repo and revision (on the Hub), format, architecture, sha256, bytes,
+  weight_bytes, parameters, bits_per_weight, quantization. The hash of a folder is that of the list of its weight files, one
   line ``sha256  name`` each, sorted by name.
-- ``engine``: name, threads, versions
+- ``engine``: name, processor ("cpu" or "gpu"), threads, versions
 - ``settings``: prompt_tokens, generated_tokens, repeats, warmups
 - ``load_seconds``, ``peak_memory_bytes``
 - ``prefill``, ``decode``: ``null`` if not measured, else tokens, seconds (every single run),
@@ -59,6 +59,8 @@ def make_record(
         "model": {
             "name": found.name,
             "file": found.path.name if found.path else None,
+            "repo": found.repo,
+            "revision": found.revision,
             "format": found.kind,
             "architecture": found.architecture,
             "sha256": sha256,
@@ -70,6 +72,7 @@ def make_record(
         },
         "engine": {
             "name": measured.engine,
+            "processor": measured.processor,
             "threads": measured.threads,
             "versions": versions(measured.engine),
         },

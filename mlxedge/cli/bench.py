@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def _record(
         checkpoint = open_source(model, progress=downloads, warn=ui.warn)
     path = checkpoint.origin.path
     with checkpoint:
-        found = inspect(path)
+        origin = checkpoint.origin
+        found = replace(inspect(path), repo=origin.repo, revision=origin.revision)
         with ui.progress(found.name) as progress:
             measured = measure(
                 checkpoint,

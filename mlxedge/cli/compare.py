@@ -83,7 +83,7 @@ def _rows(name: str, record: dict[str, Any], first: dict[str, Any]) -> list[list
         device_name(record["device"]),
         str(record["model"].get("name")),
         str(record["model"].get("quantization") or "not available"),
-        f"{engine.get('name')}, {threads} threads" if threads else str(engine.get("name")),
+        f"{engine.get('name')}, {threads} threads" if threads else _engine(engine),
     ]
     rows = []
     for part, letter in (("prefill", "pp"), ("decode", "tg")):
@@ -104,6 +104,11 @@ def _rows(name: str, record: dict[str, Any], first: dict[str, Any]) -> list[list
             ]
         )
     return rows
+
+
+def _engine(engine: dict[str, Any]) -> str:
+    name, processor = engine.get("name"), engine.get("processor")
+    return f"{name}, {processor}" if processor else str(name)
 
 
 def device_name(device: dict[str, Any]) -> str:

@@ -97,7 +97,7 @@ def printable(text: str) -> str:
 def progress(what: str, unit: str = "") -> Iterator[Update]:
     """A bar with speed and time left; yields ``update(done, total, name)``.
 
-    ``unit`` "bytes" shows bytes, anything else a plain count of that.
+    ``unit`` "bytes" shows the speed in bytes, anything else as a count of that, "" not at all.
     """
     if not sys.stderr.isatty():
         yield lambda done, total, name: None
@@ -148,7 +148,7 @@ def _bars(unit: str) -> Progress:
     class Speed(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            if not speed:
+            if not speed or not unit:
                 return Text("")
             shown = size(speed) if unit == "bytes" else f"{count(speed)} {unit}".rstrip()
             return Text(f"{shown}/s")

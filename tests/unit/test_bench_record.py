@@ -43,6 +43,7 @@ def record(
     )
     measured = Measurement(
         engine="numpy",
+        processor="cpu",
         threads=2,
         prompt_tokens=100,
         generated_tokens=20,
@@ -177,6 +178,7 @@ def test_the_same_thing_on_two_devices_compares() -> None:
         ({"settings": {"prompt_tokens": 7}}, "prompt and generation"),
         ({"settings": {"generated_tokens": 7}}, "prompt and generation"),
         ({"engine": {"name": "mlx"}}, "engine"),
+        ({"engine": {"processor": "gpu"}}, "processor"),
         ({"engine": {"versions": {**versions("numpy"), "numba": "0.0"}}}, "numba"),
         ({"engine": {"versions": {"numpy": versions("numpy")["numpy"]}}}, "numba"),
     ],

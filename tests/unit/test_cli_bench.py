@@ -68,6 +68,8 @@ def test_a_record(tiny: Path, tmp_path: Path, engine: str) -> None:
     (record,) = json.loads(done.stdout)
     assert json.loads(out.read_text()) == record
     assert record["engine"]["name"] == engine
+    assert record["engine"]["processor"] in ("cpu", "gpu")
+    assert (record["engine"]["threads"] is None) == (engine == "mlx")
     assert {"python", "numpy" if engine == "numpy" else "mlx"} <= set(record["engine"]["versions"])
     assert record["settings"] == {
         "prompt_tokens": 8, "generated_tokens": 4, "repeats": 2, "warmups": 1,
