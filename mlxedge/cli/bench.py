@@ -102,7 +102,7 @@ def _tail(record: dict[str, Any]) -> str:
 
     memory = record["peak_memory_bytes"]
     return (
-        f"{record['model']['name']}: {ui.size(record['model']['bytes'])}, loaded in "
+        f"{record['model']['file']}: {ui.size(record['model']['bytes'])}, loaded in "
         f"{record['load_seconds']:.2f} s, peak memory "
         f"{'not available' if memory is None else ui.size(memory)}"
     )

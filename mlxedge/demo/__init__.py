@@ -9,4 +9,4 @@ PROMPT = "In the beginning"
 
 def model_path() -> Path:
     """The folder of the bundled model: Hugging Face format, bf16. Its README tells what it is."""
-    return Path(__file__).parent / "model"
+    return Path(__file__).parent / "mlxedge-demo"

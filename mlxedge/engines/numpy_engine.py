@@ -25,12 +25,17 @@ class NumpyState:
 
 
 class NumpyEngine:
-    """Implements ``Engine``. The checkpoint is read whole and may be closed afterwards."""
+    """Implements ``Engine``. The checkpoint is read whole and may be closed afterwards.
+
+    ``rounded`` is ``Decoder``'s.
+    """
 
     name = "numpy"
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
-        self._decoder = Decoder(checkpoint, threads)
+    def __init__(
+        self, checkpoint: Checkpoint, threads: int | None = None, rounded: bool = False
+    ) -> None:
+        self._decoder = Decoder(checkpoint, threads, rounded)
         self.threads: int | None = self._decoder.threads
         self.weight_bytes = self._decoder.weight_bytes
 

@@ -66,7 +66,7 @@ def render(source: str, variables: Mapping[str, Any], time_limit: float = TIME_L
         raise TemplateError(
             f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
         ) from error
-    except (RecursionError, MemoryError) as error:
+    except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own limits on nesting
         raise TemplateError("the chat template was stopped: it nests too deeply") from error
     except Exception as error:
         # A template is a program: it may fail in any way that a program can.

@@ -39,6 +39,8 @@ COUNT_LIMIT = 100_000
 NUMBER_BITS = 4096
 #: Characters of a format string, and the largest width in one.
 FORMAT_LIMIT, WIDTH_LIMIT = 1 << 14, 999
+#: Length times length in a search that goes backwards.
+BACKWARD_LIMIT = 1 << 30
 
 #: Filters that are of use in a prompt and whose work is bounded by what they are given.
 _FILTERS = (
@@ -172,9 +174,15 @@ def _check_replacement(
         check_size(len(text) + text.count(old) * len(new))
 
 
-def _check_join(separator: str, items: Any, *_more: Any) -> None:
-    if isinstance(items, (list, tuple)):
-        check_size(BUDGET.get().weigh(items) + len(separator) * len(items))
+def _check_join(separator: str, items: Any) -> None:
+    check_size(BUDGET.get().weigh(items) + len(separator) * len(items))
+
+
+def _check_backward(text: str, *needles: Any, **_named: Any) -> None:
+    """Python searches backwards in quadratic time."""
+    longest = max((len(n) for n in needles if isinstance(n, str)), default=0)
+    if len(text) * longest > BACKWARD_LIMIT:
+        raise Limit("it searches a long text backwards for a long one")
 
 
 # What is checked before a filter or a method runs, by its name; the arguments are those of Jinja's
@@ -214,7 +222,11 @@ _BEFORE_METHOD: dict[str, Callable[..., None]] = {
     "join": _check_join,
     "ljust": _check_numbers,
     "replace": _check_replacement,
+    "rfind": _check_backward,
+    "rindex": _check_backward,
     "rjust": _check_numbers,
+    "rpartition": _check_backward,
+    "rsplit": _check_backward,
     "zfill": _check_numbers,
 }
 
@@ -419,6 +431,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(target, (str, bytes)):
             if name in _BANNED_METHODS:
                 raise SecurityError(f"the method {name} is not for chat templates")
+            if name == "join" and args:
+                args = (list(args[0]), *args[1:])  # an iterator has no length to check
             if (before := _BEFORE_METHOD.get(name)) is not None:
                 before(target, *args, **kwargs)
         return budget.measure(super().call(context, called, *args, **kwargs))

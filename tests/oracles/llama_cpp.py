@@ -211,7 +211,7 @@ class LlamaCpp:
         self,
         path: str | Path,
         vocab_only: bool = False,
-        threads: int = 2,
+        threads: int = 1,
         context: int = 512,
         cache: str = "f16",
     ) -> None:
