@@ -17,7 +17,6 @@ from mlxedge.fallback import frame as fr
 from mlxedge.fallback.forward_ops import PART_FIELDS, grain, scratch_bytes, step_kernel
 from mlxedge.fallback.lanes import LANES
 from mlxedge.fallback.linear import Matrix
-from mlxedge.fallback.rounding import round_kernel, rule_of
 
 #: Matrices that fit the fields of one step, after the function's address and the five of a linear.
 _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
@@ -66,11 +65,9 @@ class Tape:
     """The steps of a forward pass, recorded in order.
 
     Everything recorded stays alive as long as the tape. Vectors (weights of norms, biases) are f32.
-    ``rounded`` rounds the input of every product as llama.cpp does (see :mod:`rounding`).
     """
 
-    def __init__(self, rounded: bool = False) -> None:
-        self._rounded = rounded
+    def __init__(self) -> None:
         self.buffers: list[Buffer] = []
         self.layers = 0
         self.head_dim = 0
@@ -116,21 +113,6 @@ class Tape:
 
     def linear(self, x: Buffer, products: Sequence[Product]) -> None:
         """The products of ``x`` with several matrices."""
-        if self._rounded:
-            self._linear_rounded(x, products)
-            return
-        self._products(x, products)
-
-    def _linear_rounded(self, x: Buffer, products: Sequence[Product]) -> None:
-        rules = [rule_of(p.matrix.encoding) for p in products]
-        for rule in dict.fromkeys(rules):
-            given = x
-            if rule:
-                given = self.buffer(x.width)
-                self._record(round_kernel(), x.offset, given.offset, x.width, rule)
-            self._products(given, [p for p, r in zip(products, rules, strict=True) if r == rule])
-
-    def _products(self, x: Buffer, products: Sequence[Product]) -> None:
         self._kept.extend(p.matrix for p in products)
         hosted = [(p, x) for p in products if not p.matrix.compiled]
         if hosted:

@@ -25,17 +25,12 @@ class NumpyState:
 
 
 class NumpyEngine:
-    """Implements ``Engine``. The checkpoint is read whole and may be closed afterwards.
-
-    ``rounded`` is ``Decoder``'s.
-    """
+    """Implements ``Engine``. The checkpoint is read whole and may be closed afterwards."""
 
     name = "numpy"
 
-    def __init__(
-        self, checkpoint: Checkpoint, threads: int | None = None, rounded: bool = False
-    ) -> None:
-        self._decoder = Decoder(checkpoint, threads, rounded)
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
+        self._decoder = Decoder(checkpoint, threads)
         self.threads: int | None = self._decoder.threads
         self.weight_bytes = self._decoder.weight_bytes
 

@@ -88,16 +88,13 @@ def _windows(config: dict[str, Any], layers: int) -> tuple[int, ...]:
 class Decoder:
     """A checkpoint's weights, as they are stored, and the tape that computes with them.
 
-    ``threads`` defaults to the processors that this process may use. ``rounded`` rounds activations
-    as llama.cpp does, to compare with it.
+    ``threads`` defaults to the processors that this process may use.
     """
 
     #: The most positions of one pass: longer prompts go in pieces.
     CHUNK = 512
 
-    def __init__(
-        self, checkpoint: Checkpoint, threads: int | None = None, rounded: bool = False
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
         self.shape = shape = shape_of(checkpoint.config)
         self._ops = ops = load_forward()
         self._tensors = dict(checkpoint.tensors)
@@ -106,7 +103,7 @@ class Decoder:
         self.threads = threads or ops.available_threads()
         self.rows = min(self.CHUNK, shape.context)
 
-        tape = ops.Tape(rounded)
+        tape = ops.Tape()
         x, h, mixed, delta = (
             tape.buffer(width)
             for width in (shape.hidden, shape.hidden, shape.heads * shape.head_dim, shape.hidden)
