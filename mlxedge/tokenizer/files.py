@@ -8,7 +8,6 @@ role, whether BOS and EOS are added. The rules are those of transformers 5.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +80,7 @@ def chat_templates(spec: TokenizerSpec) -> dict[str, str]:
     for entry in given if isinstance(given, list) else ():
         if isinstance(entry, Mapping) and isinstance(entry.get("template"), str):
             found[str(entry.get("name"))] = entry["template"]
-    if "default" not in found and (old := content_of_json_template(spec)):
+    if "default" not in found and (old := _json_template(spec)):
         found["default"] = old
     for name, raw in spec.files.items():
         folder, _, base = name.rpartition("/")
@@ -92,7 +91,7 @@ def chat_templates(spec: TokenizerSpec) -> dict[str, str]:
     return found
 
 
-def content_of_json_template(spec: TokenizerSpec) -> str | None:
+def _json_template(spec: TokenizerSpec) -> str | None:
     """The template of a chat_template.json, as processors write it."""
     template = read_json(spec, "chat_template.json").get("chat_template")
     return template if isinstance(template, str) else None
@@ -126,12 +125,39 @@ def document(spec: TokenizerSpec) -> Json:
             "no tokenizer found: expected tokenizer.json, tokenizer.model, or vocab.json with "
             f"merges.txt, and there is {', '.join(sorted(spec.files)) or 'nothing'}"
         )
-    if not isinstance(made.get("model"), dict) or "vocab" not in made["model"]:
-        raise TokenizerError("tokenizer.json has no model with a vocabulary")
+    _check(made)
     made["truncation"] = made["padding"] = None  # a prompt is never cut or filled
     _add_tokens(made, spec, config)
     _set_ends(made, config, default_bos)
     return made
+
+
+def _check(made: Json) -> None:
+    """Refuse a document that lacks what is read from it here; the library checks the rest."""
+    model = made.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict):
+        right = all(type(number) is int and number >= 0 for number in vocab.values())
+    else:
+        right = isinstance(vocab, list) and all(
+            isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+            for entry in vocab
+        )
+    if not right:
+        raise TokenizerError("tokenizer.json has no model with a vocabulary of tokens and ids")
+    prefix = made["model"].get("continuing_subword_prefix")
+    if prefix and not all(right.startswith(prefix) for _, right in merge_pairs(made["model"])):
+        # The library cuts the prefix off without looking, and may take the process down.
+        raise TokenizerError("tokenizer.json: a merge lacks the continuing_subword_prefix")
+    added = made.get("added_tokens") or []
+    for token in added if isinstance(added, list) else [added]:
+        if not (
+            isinstance(token, dict)
+            and isinstance(token.get("content"), str)
+            and type(token.get("id")) is int
+            and token["id"] >= 0
+        ):
+            raise TokenizerError(f"tokenizer.json: added_tokens holds {token!r}")
 
 
 def vocabulary(made: Mapping[str, Any]) -> dict[str, int]:
@@ -316,10 +342,11 @@ def template_ends(post_processor: Mapping[str, Any] | None) -> tuple[str | None,
 
 def merge_pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The merges of a BPE model, in order, whichever of the two spellings the file has."""
+    merges = model.get("merges") or []
     pairs = []
-    for merge in model.get("merges") or ():
+    for merge in merges if isinstance(merges, list) else [merges]:
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if len(parts) != 2:
+        if not isinstance(parts, list) or [type(part) for part in parts] != [str, str]:
             raise TokenizerError(f"tokenizer.json: merge {merge!r} is not a pair")
         pairs.append((parts[0], parts[1]))
     return pairs
@@ -334,7 +361,3 @@ def merge_scores(model: Mapping[str, Any]) -> dict[str, float]:
     for left, right in merge_pairs(model):
         scores.setdefault(left + right, -float(len(scores)))
     return scores
-
-
-def finite(score: Any) -> bool:
-    return isinstance(score, (int, float)) and math.isfinite(score)
