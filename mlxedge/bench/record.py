@@ -5,8 +5,8 @@ A JSON object with ``"kind": "mlxedge-bench"`` and ``"schema": 1``:
 - ``created`` (UTC), ``mlxedge`` (version)
 - ``device``: ``mlxedge.bench.device.describe``
 - ``model``: name, file, repo and revision (on the Hub), format, architecture, sha256, bytes,
-  weight_bytes, parameters, bits_per_weight, quantization. The hash of a folder is that of the list of its weight files, one
-  line ``sha256  name`` each, sorted by name.
+  weight_bytes, parameters, bits_per_weight, quantization. The hash of a folder is that of the list
+  of its weight files, one line ``sha256  name`` each, sorted by name.
 - ``engine``: name, processor ("cpu" or "gpu"), threads, versions
 - ``settings``: prompt_tokens, generated_tokens, repeats, warmups
 - ``load_seconds``, ``peak_memory_bytes``

@@ -260,7 +260,7 @@ def llama3_from_factors(factors: np.ndarray, theta: float, head_dim: int) -> dic
     """The llama3 rope settings that give these frequency factors f32 ``[head_dim / 2]``.
 
     Between the two wavelengths 1/factor is linear in the frequency, so two points of that stretch
-    tell them; only ratios matter, so ``low_freq_factor`` is taken as 1, as published models have it.
+    tell them; only ratios matter, so ``low_freq_factor`` is taken as 1, as published models do.
     Raises UnsupportedModelError if the factors are not of this form.
     """
     import numpy as np
