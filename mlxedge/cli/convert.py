@@ -31,7 +31,7 @@ _EPILOG = "Targets: " + " ".join(known_targets()) + "; MLX groups of 32 or 128: 
 )  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.")
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]),
-              help="Of scales and unquantized tensors in MLX.  [default: the source's]")  # fmt: skip
+              help="Of scales and unquantized MLX tensors.  [default: the source's]")  # fmt: skip
 @click.option("--pre", help="Name of the GGUF pre-tokenizer, where it is not recognised.")
 @click.option("--backend", type=click.Choice(["numpy", "mlx"]),
               help="What computes.  [default: mlx on Apple silicon, else numpy]")  # fmt: skip
