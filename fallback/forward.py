@@ -119,8 +119,8 @@ class Runner:
     def _prepare(self, capacity: int) -> None:
         if self._tables.shape[1] < capacity:
             angles = np.outer(np.arange(capacity), self._frequencies)
-            self._tables = np.stack([np.cos(angles), np.sin(angles)]) * self._amplitude
-            self._tables = self._tables.astype(np.float32)
+            tables = np.stack([np.cos(angles), np.sin(angles)]) * self._amplitude
+            self._tables = tables.astype(np.float32)
         each = -(-self.tape.scratch_bytes(capacity) // 64) * 64
         if self._scratch.nbytes < each * self.team.threads + 64:
             self._scratch = np.zeros(each * self.team.threads + 64, np.uint8)
