@@ -20,6 +20,9 @@ Json = dict[str, Any]
 #: The roles that a special token can have.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
+#: What an added token may say of itself.
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
 #: Pre-tokenizer by tokenizer class, for folders that hold only vocab.json and merges.txt.
 _CLASS_PRE = {
     None: "gpt-2",
@@ -146,7 +149,9 @@ def _check(made: Json) -> None:
     if not right:
         raise TokenizerError("tokenizer.json has no model with a vocabulary of tokens and ids")
     prefix = made["model"].get("continuing_subword_prefix")
-    if prefix and not all(right.startswith(prefix) for _, right in merge_pairs(made["model"])):
+    if isinstance(prefix, str) and not all(
+        right.startswith(prefix) for _, right in merge_pairs(made["model"])
+    ):
         # The library cuts the prefix off without looking, and may take the process down.
         raise TokenizerError("tokenizer.json: a merge lacks the continuing_subword_prefix")
     added = made.get("added_tokens") or []
@@ -257,9 +262,10 @@ def _add_tokens(made: Json, spec: TokenizerSpec, config: Json) -> None:
         for text, number in read_json(spec, "added_tokens.json").items()
         if isinstance(number, int)
     }
-    for number, entry in (config.get("added_tokens_decoder") or {}).items():
-        if (text := content(entry)) is not None and str(number).isdigit():
-            flags = {k: v for k, v in entry.items() if k not in ("content", "__type")}
+    entries = config.get("added_tokens_decoder")
+    for number, entry in entries.items() if isinstance(entries, dict) else ():
+        if isinstance(entry, dict) and (text := content(entry)) and number.isdecimal():
+            flags = {name: entry[name] is True for name in _FLAGS if name in entry}
             declared[text] = added_token(text, int(number), **{"special": False, **flags})
     roles = set(special_tokens(config).values())
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -325,19 +331,28 @@ def template_processing(first: str | None, last: str | None, ids: Mapping[str, i
     }
 
 
-def template_ends(post_processor: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
+def template_ends(post_processor: Any) -> tuple[str | None, str | None]:
     """The special tokens that a post-processor puts before and after a single text."""
     first = last = None
-    for step in (post_processor or {}).get("processors") or [post_processor or {}]:
-        if step.get("type") == "TemplateProcessing":
-            single = step.get("single") or [{}]
-            specials = [(part.get("SpecialToken") or {}).get("id") for part in single]
-            at = next((i for i, part in enumerate(single) if "Sequence" in part), len(single))
+    for step in pre.flat(post_processor, "processors"):
+        if step.get("type") == "TemplateProcessing" and isinstance(step.get("single"), list):
+            parts = [part for part in step["single"] if isinstance(part, dict)]
+            specials = [_special_id(part) for part in parts]
+            at = next((i for i, part in enumerate(parts) if "Sequence" in part), len(parts))
             first = next((text for text in specials[:at] if text), None)
             last = next((text for text in reversed(specials[at:]) if text), None)
         elif step.get("type") in ("RobertaProcessing", "BertProcessing"):
-            first, last = (step.get("cls") or [None])[0], (step.get("sep") or [None])[0]
+            first, last = (
+                pair[0] if isinstance(pair, list) and pair and isinstance(pair[0], str) else None
+                for pair in (step.get("cls"), step.get("sep"))
+            )
     return first, last
+
+
+def _special_id(part: Json) -> str | None:
+    special = part.get("SpecialToken")
+    found = special.get("id") if isinstance(special, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def merge_pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from mlxedge.errors import TokenizerError
 from mlxedge.gguf_values import Metadata, array, boolean, string, u32
 from mlxedge.tokenizer import files, pre, sentencepiece
@@ -28,6 +30,7 @@ from mlxedge.tokenizer.gguf_import import (
     TOKENS,
 )
 from mlxedge.tokenizer.pre_hashes import CHECK_TEXT
+from mlxedge.tokenizer.runtime import build
 from mlxedge.tokenizer.sentencepiece import (
     BYTE,
     CONTROL,
@@ -70,10 +73,11 @@ def to_gguf(spec: TokenizerSpec, config: Mapping[str, Any], pre: str | None = No
     document = files.document(spec)
     settings = files.settings(spec)
     kind = _model_kind(document)
+    tokenizer = build(document)  # refuses what does not make sense
     pieces = _pieces(spec, document, config, kind)
     made: Metadata = {MODEL: string(kind)}
     if kind == "gpt2":
-        made[PRE] = string(_pre(document, settings, pre))
+        made[PRE] = string(_pre(tokenizer, document, settings, pre))
     else:
         made[PRE] = string("default")
     made[TOKENS] = array("str", [piece.text for piece in pieces])
@@ -101,11 +105,14 @@ def _no_space(token: str) -> str:
 def _model_kind(document: Mapping[str, Any]) -> str:
     """llama.cpp's name for the kind of tokenizer."""
     model = document["model"]
-    decoder = document.get("decoder") or {}
-    if model.get("type", "BPE") == "BPE":
+    if model.get("type", "BPE") == "BPE" and isinstance(model["vocab"], dict):
         if model.get("byte_fallback"):
             return "llama"
-        if decoder.get("type") == "ByteLevel" or "ByteLevel" in str(document.get("pre_tokenizer")):
+        steps = [
+            *pre.flat(document.get("pre_tokenizer"), "pretokenizers"),
+            *pre.flat(document.get("decoder"), "decoders"),
+        ]
+        if any(step.get("type") == "ByteLevel" for step in steps):
             return "gpt2"
     raise TokenizerError(
         "only byte-level BPE and SentencePiece BPE tokenizers are written to GGUF; this one is "
@@ -113,12 +120,14 @@ def _model_kind(document: Mapping[str, Any]) -> str:
     )
 
 
-def _pre(document: Mapping[str, Any], settings: Mapping[str, Any], name: str | None) -> str:
+def _pre(
+    tokenizer: Tokenizer,
+    document: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    name: str | None,
+) -> str:
     if name is not None:
         return _known(name)
-    from mlxedge.tokenizer.runtime import build
-
-    tokenizer = build(document)
     plain = tokenizer.encode(CHECK_TEXT, add_special_tokens=False).ids
     full = tokenizer.encode(CHECK_TEXT).ids
     bos = files.vocabulary(document).get(files.special_tokens(settings).get("bos_token", ""))

@@ -195,7 +195,7 @@ def _byte_level(reader: _Reader, pieces: Sequence[Piece]) -> tuple[Json, bool]:
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or left not in vocab or right not in vocab or left + right not in vocab:
             raise TokenizerError(
-                f"{MERGES}: merge {number}, {merge!r}, is not of two tokens to one"
+                f"{MERGES}: merge {number}, {merge!r}, joins no two tokens into one"
             )
         pairs[left, right] = None
     made = byte_level_document(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from mlxedge.errors import TokenizerError
 from mlxedge.tokenizer.pre_hashes import NAMES_BY_HASH
@@ -383,7 +383,7 @@ def identify(document: _Json, check_ids: Iterable[Sequence[int]], pre: str | Non
 
 def by_structure(document: _Json) -> str | None:
     """The name that a tokenizer.json's rules alone give it, or ``None``."""
-    model = document.get("model") or {}
+    model = document["model"]
     plain = (
         model.get("type") == "BPE"
         and not model.get("byte_fallback")
@@ -394,8 +394,8 @@ def by_structure(document: _Json) -> str | None:
     regexes = _expressions(document.get("pre_tokenizer"))
     if not plain or regexes is None:
         return None
-    family = next((f for f, known in FAMILIES.items() if known == regexes), None)
-    name = _CANONICAL.get((family or "", bool(model.get("ignore_merges"))))
+    family = next((f for f, known in FAMILIES.items() if known == regexes), "")
+    name = _CANONICAL.get((family, bool(model.get("ignore_merges"))))
     normalizer = flat(document.get("normalizer"), "normalizers")
     forms = [step.get("type") for step in normalizer]
     if forms and not (forms == ["NFC"] and family in _NFC):
@@ -403,16 +403,25 @@ def by_structure(document: _Json) -> str | None:
     return name
 
 
-def flat(step: _Json | None, inner: str) -> list[_Json]:
-    """The steps of a normalizer or pre-tokenizer, sequences (under ``inner``) written out."""
-    if not step:
+def flat(step: Any, inner: str) -> list[_Json]:
+    """The steps of a normalizer, pre-tokenizer, decoder or post-processor of a tokenizer.json.
+
+    Sequences, whose steps are under ``inner``, are written out. What is no step is left out: the
+    tokenizers library refuses it when the tokenizer is built.
+    """
+    if not isinstance(step, Mapping):
         return []
     if step.get("type") != "Sequence":
         return [step]
-    return [leaf for child in step.get(inner) or [] for leaf in flat(child, inner)]
+    children = step.get(inner)
+    return [leaf for child in children for leaf in flat(child, inner)] if _is_list(children) else []
 
 
-def _expressions(pre_tokenizer: _Json | None) -> tuple[str, ...] | None:
+def _is_list(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def _expressions(pre_tokenizer: Any) -> tuple[str, ...] | None:
     """The regular expressions of a byte-level pre-tokenizer in llama.cpp's spelling.
 
     ``None`` if it holds anything that is more than a list of isolating splits.

@@ -19,12 +19,14 @@ from mlxedge.tokenizer.stream import ByteStream, TextStream, bytes_of_token, str
 def build(document: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The ``tokenizers`` object of a tokenizer.json document. Raises TokenizerError."""
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(document))
-    except (Exception, BaseException) as error:
-        # The library reports a malformed file as a bare Exception, and a few as a Rust panic.
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise TokenizerError(f"the tokenizer cannot be built: {error}") from error
+        made = tokenizers.Tokenizer.from_str(json.dumps(document))
+        made.encode("")  # what surrounds a text is only looked up when it is used
+    except BaseException as error:
+        # The library's own errors are bare Exceptions, or a Rust panic, which is not even one.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise TokenizerError(f"the tokenizer cannot be built: {error}") from error
+        raise
+    return made
 
 
 def load(spec: TokenizerSpec, generation_config: Mapping[str, Any] | None = None) -> Tokenizer:

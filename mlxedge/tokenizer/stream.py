@@ -9,8 +9,10 @@ from __future__ import annotations
 import codecs
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
+
+from mlxedge.tokenizer.pre import flat
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _SPACE = "▁"
@@ -41,13 +43,12 @@ def _byte_fallback(token: str) -> bytes:
     return bytes([int(match[1], 16)]) if match else token.replace(_SPACE, " ").encode()
 
 
-def bytes_of_token(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes] | None:
+def bytes_of_token(decoder: Any) -> Callable[[str], bytes] | None:
     """How a vocabulary spells bytes, from the ``decoder`` of its tokenizer.json.
 
     ``None`` if the decoder is neither byte-level nor SentencePiece's.
     """
-    steps = (decoder or {}).get("decoders") or [decoder or {}]
-    kinds = [step.get("type") for step in steps]
+    kinds = [str(step.get("type")) for step in flat(decoder, "decoders")]
     if kinds == ["ByteLevel"]:
         return _byte_level
     if "ByteFallback" in kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
@@ -57,13 +58,12 @@ def bytes_of_token(decoder: Mapping[str, Any] | None) -> Callable[[str], bytes] 
     return None
 
 
-def strips_first_space(decoder: Mapping[str, Any] | None) -> bool:
+def strips_first_space(decoder: Any) -> bool:
     """Whether the space that SentencePiece puts before a text is taken off again."""
-    steps = (decoder or {}).get("decoders") or [decoder or {}]
     return any(
         (step.get("type") == "Strip" and step.get("start"))
         or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-        for step in steps
+        for step in flat(decoder, "decoders")
     )
 
 
