@@ -69,20 +69,19 @@ def shape_of(config: dict[str, Any]) -> Shape:
 
 
 def _windows(config: dict[str, Any], layers: int) -> tuple[int, ...]:
-    """The sliding window of each layer, as transformers 5 applies it: qwen's needs
-    ``use_sliding_window`` and starts at ``max_window_layers``; ``layer_types`` overrides both."""
+    """The sliding window of each layer, as transformers 5 applies it: mistral's is for all layers,
+    qwen's from ``max_window_layers`` on if ``use_sliding_window`` is set; ``layer_types`` goes
+    first; llama has none."""
     window = int(config.get("sliding_window") or 0)
-    if not window or config.get("use_sliding_window") is False:
+    kind = config.get("model_type")
+    qwen = kind in ("qwen2", "qwen3")
+    if not window or (qwen and not config.get("use_sliding_window")):
         return (0,) * layers
-    kinds = config.get("layer_types")
-    if kinds:
-        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    if config.get("model_type") in ("qwen2", "qwen3"):
-        if not config.get("use_sliding_window"):
-            return (0,) * layers
-        first = int(config.get("max_window_layers", 28))
-        return tuple(window if layer >= first else 0 for layer in range(layers))
-    return (window,) * layers
+    if types := config.get("layer_types"):
+        return tuple(window if t == "sliding_attention" else 0 for t in types)
+    first = {"mistral": 0, "qwen2": 28, "qwen3": 28}.get(str(kind), layers)
+    first = int(config.get("max_window_layers", first)) if qwen else first
+    return tuple(window if layer >= first else 0 for layer in range(layers))
 
 
 class Decoder:
