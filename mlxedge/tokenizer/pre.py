@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from mlxedge.errors import TokenizerError
 from mlxedge.tokenizer.pre_hashes import NAMES_BY_HASH
@@ -275,6 +275,7 @@ PRE: dict[str, Pre] = {
 #: The one name that stands for a family, by (family, ignore_merges), when a tokenizer is
 #: recognised by its structure. Families that llama.cpp only approximates are not here.
 _CANONICAL = {
+    ("default", False): "default",
     ("gpt2", False): "gpt-2",
     ("digits", False): "smollm",
     ("llama3", True): "llama-bpe",
@@ -358,7 +359,8 @@ def identify(document: _Json, check_ids: Iterable[Sequence[int]], pre: str | Non
 
     ``check_ids``: what the tokenizer makes of ``CHECK_TEXT``, once for every way of adding
     special tokens. ``pre`` names it by hand. A tokenizer whose ids are unknown is recognised if
-    its cutting rules are exactly those of a known family, whatever its vocabulary. Raises
+    its cutting rules are exactly those of a known family, whatever its vocabulary; such rules also
+    outweigh ids of another family, which one text cannot tell apart from all others. Raises
     TokenizerError otherwise: a wrong name would give other ids without a word.
     """
     if pre is not None:
@@ -369,16 +371,20 @@ def identify(document: _Json, check_ids: Iterable[Sequence[int]], pre: str | Non
             )
         return pre
     hashes = [hashlib.sha256(str(list(ids)).encode()).hexdigest() for ids in check_ids]
-    for digest in hashes:
-        if digest in NAMES_BY_HASH:
-            return NAMES_BY_HASH[digest]
+    known = next((NAMES_BY_HASH[digest] for digest in hashes if digest in NAMES_BY_HASH), None)
     name = by_structure(document)
+    if known is not None and (name is None or known not in PRE or _same_family(known, name)):
+        return known
     if name is None:
         raise TokenizerError(
             "llama.cpp has no name for this tokenizer's pre-tokenizer (sha256 of its check ids: "
             f"{hashes[0]}); if you know which one it behaves as, name it with --pre"
         )
     return name
+
+
+def _same_family(one: str, other: str) -> bool:
+    return PRE[one].family == PRE[other].family
 
 
 def by_structure(document: _Json) -> str | None:
@@ -414,11 +420,9 @@ def flat(step: Any, inner: str) -> list[_Json]:
     if step.get("type") != "Sequence":
         return [step]
     children = step.get(inner)
-    return [leaf for child in children for leaf in flat(child, inner)] if _is_list(children) else []
-
-
-def _is_list(value: Any) -> TypeGuard[list[Any]]:
-    return isinstance(value, list)
+    if not isinstance(children, list):
+        return []
+    return [leaf for child in children for leaf in flat(child, inner)]
 
 
 def _expressions(pre_tokenizer: Any) -> tuple[str, ...] | None:

@@ -24,6 +24,10 @@ def document(**options: Any) -> dict[str, Any]:
     return made
 
 
+def splits(*expressions: str, behavior: str = "isolated", invert: bool = False) -> list[Any]:
+    return [pre_tokenizers.Split(Regex(e), behavior, invert) for e in expressions]
+
+
 def test_every_hash_names_a_pre_tokenizer() -> None:
     assert len(NAMES_BY_HASH) == 95
     assert set(NAMES_BY_HASH.values()) <= set(PRE) | OTHER_KINDS
@@ -38,12 +42,26 @@ def test_the_check_text_is_whole() -> None:
 
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_known_ids_are_named_by_their_hash(add_bos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hash comes before the rules, and holds whether or not BOS is added."""
+    """Within a family the hash has the last word, whether or not BOS is added."""
     files = byte_level_files()
     ids = load(TokenizerSpec(files)).encode(CHECK_TEXT)
     digest = hashlib.sha256(str(ids).encode()).hexdigest()
-    monkeypatch.setitem(NAMES_BY_HASH, digest, "falcon")
+    monkeypatch.setitem(NAMES_BY_HASH, digest, "olmo")
     spec = TokenizerSpec(byte_level_files(config={"add_bos_token": add_bos}))
+    assert to_gguf(spec, {})["tokenizer.ggml.pre"].value == "olmo"
+
+
+def test_rules_outweigh_a_hash_of_another_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text cannot tell all tokenizers apart: qwen2 and qwen35 differ in combining marks."""
+    ids = load(TokenizerSpec(byte_level_files())).encode(CHECK_TEXT)
+    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+    monkeypatch.setitem(NAMES_BY_HASH, digest, "falcon")
+    assert to_gguf(TokenizerSpec(byte_level_files()), {})["tokenizer.ggml.pre"].value == "gpt-2"
+    unknown = splits(r"\w+|\W")
+    ids = load(TokenizerSpec(byte_level_files(pre=unknown))).encode(CHECK_TEXT)
+    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+    monkeypatch.setitem(NAMES_BY_HASH, digest, "falcon")
+    spec = TokenizerSpec(byte_level_files(pre=unknown))
     assert to_gguf(spec, {})["tokenizer.ggml.pre"].value == "falcon"
 
 
@@ -59,7 +77,9 @@ def test_our_own_rules_are_recognised(family: str) -> None:
             assert found is None or PRE[found].ignore_merges == rules.ignore_merges
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken"])
+@pytest.mark.parametrize(
+    "name", ["default", "gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken"]
+)
 def test_a_canonical_name_survives(name: str) -> None:
     made, rules = pre_tokenizer(name)
     model = {"type": "BPE", "vocab": {}, "ignore_merges": rules.ignore_merges}
@@ -78,10 +98,6 @@ GPT4O = (
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-def splits(*expressions: str, behavior: str = "isolated", invert: bool = False) -> list[Any]:
-    return [pre_tokenizers.Split(Regex(e), behavior, invert) for e in expressions]
 
 
 @pytest.mark.parametrize(
