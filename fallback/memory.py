@@ -14,6 +14,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from mlxedge.fallback.lanes import F32, I32, LANES
@@ -75,6 +76,37 @@ def spread(b: Any, value: Any, kind: Any) -> Any:
     return b.shuffle_vector(b.insert_element(hole, value, ir.IntType(32)(0)), hole, order)
 
 
+def target() -> tuple[str, str]:
+    """The triple and the features that numba compiles for."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple, features
+
+
+def _widen(b: Any, halves: Any) -> Any:
+    """Emit the float32 of float16: one number or a vector."""
+    triple, features = target()
+    many = getattr(halves.type, "count", 0)
+    float_kind: Any = ir.VectorType(FLOAT, many) if many else FLOAT
+    if "+f16c" in features or triple.startswith(("aarch64", "arm64")):
+        return b.fpext(halves, float_kind)
+    # Elsewhere LLVM would call a function that is not there. The exponent moves by 112; a
+    # multiplication does that for subnormal numbers as well.
+    bits_kind: Any = ir.VectorType(ir.IntType(32), many) if many else ir.IntType(32)
+    short_kind: Any = ir.VectorType(I16, many) if many else I16
+
+    def fill(kind: Any, value: float) -> Any:
+        return ir.Constant(kind, [value] * many if many else value)
+
+    bits = b.zext(b.bitcast(halves, short_kind), bits_kind)
+    size = b.shl(b.and_(bits, fill(bits_kind, 0x7FFF)), fill(bits_kind, 13))
+    number = b.fmul(b.bitcast(size, float_kind), fill(float_kind, 2.0**112))
+    special = b.icmp_unsigned(">=", size, fill(bits_kind, 0x0F800000))
+    topped = b.or_(size, fill(bits_kind, 0x7F800000))
+    size = b.select(special, topped, b.bitcast(number, bits_kind))
+    sign = b.shl(b.and_(bits, fill(bits_kind, 0x8000)), fill(bits_kind, 16))
+    return b.bitcast(b.or_(size, sign), float_kind)
+
+
 @op(types.float32, ADDRESS)
 def get_f32(b: Any, p: Any) -> Any:
     return read(b, p, FLOAT)
@@ -82,7 +114,7 @@ def get_f32(b: Any, p: Any) -> Any:
 
 @op(types.float32, ADDRESS)
 def get_f16(b: Any, p: Any) -> Any:
-    return b.fpext(read(b, p, HALF), FLOAT)
+    return _widen(b, read(b, p, HALF))
 
 
 @op(types.float32, ADDRESS)
@@ -123,7 +155,7 @@ def load_f32(b: Any, p: Any) -> Any:
 
 @op(F32, ADDRESS)
 def load_f16(b: Any, p: Any) -> Any:
-    return b.fpext(read(b, p, ir.VectorType(HALF, LANES)), F32.vector)
+    return _widen(b, read(b, p, ir.VectorType(HALF, LANES)))
 
 
 @op(F32, ADDRESS)

@@ -10,7 +10,6 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 
 from mlxedge.fallback.lanes import F32, I32, LANES
 from mlxedge.fallback.memory import (
@@ -23,6 +22,7 @@ from mlxedge.fallback.memory import (
     op,
     read,
     spread,
+    target,
     write,
 )
 
@@ -107,7 +107,7 @@ def exp(b: Any, x: Any) -> Any:
 
 def _tile_shape() -> tuple[int, int, int]:
     """(lanes, rows, columns) of a tile whose sums fit the processor's registers."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2]
+    features = target()[1]
     if "+avx512f" in features:
         return 16, 4, 4
     if "+avx," in features:
