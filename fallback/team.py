@@ -11,6 +11,7 @@ import ctypes
 import os
 import sys
 import threading
+import weakref
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
+from mlxedge.errors import UsageError
 from mlxedge.fallback.frame import BARRIER, STEP_BYTES, TEAM_FIELDS, THREADS, YIELD
 from mlxedge.fallback.jit import kernel
 from mlxedge.fallback.memory import ADDRESS, I64, NOTHING, VOID, get_i64, op
@@ -81,7 +83,7 @@ def available_threads() -> int:
 
 
 class Team:
-    """``threads`` threads, the caller's among them. One walk at a time."""
+    """``threads`` threads, the caller's among them. One walk at a time; none after ``close``."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -94,6 +96,8 @@ class Team:
             threading.Thread(
                 target=_serve, args=(jobs, number), name=f"mlxedge-{number}", daemon=True
             ).start()
+        # The threads hold their queues only, so that a forgotten team ends too.
+        self._end = weakref.finalize(self, _dismiss, self._jobs)
 
     def walk(self, steps: np.ndarray, frame: np.ndarray, counters: int) -> None:
         """Run ``steps`` (int64 ``[count, STEP_FIELDS]``) on ``frame`` (int64).
@@ -102,6 +106,8 @@ class Team:
         """
         count = len(steps)
         with self._lock:
+            if not self._end.alive:
+                raise UsageError("the model is closed")
             counts = np.zeros(counters + 8, np.int64)
             frame[:TEAM_FIELDS] = (
                 self.threads,
@@ -117,9 +123,13 @@ class Team:
 
     def close(self) -> None:
         """End the threads."""
-        for jobs in self._jobs:
-            jobs.put(None)
-        self._jobs = []
+        with self._lock:
+            self._end()
+
+
+def _dismiss(queues: list[SimpleQueue[Any]]) -> None:
+    for jobs in queues:
+        jobs.put(None)
 
 
 def _serve(jobs: SimpleQueue[Any], number: int) -> None:

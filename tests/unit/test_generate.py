@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +173,25 @@ def test_a_checkpoint_can_be_loaded_and_is_closed(tiny: Path) -> None:
     with mlxedge.load(checkpoint, engine="numpy") as model:
         assert closed
         assert model.logits([3]).shape == (1, 512)
+
+
+def test_a_closed_model_says_so_and_a_forgotten_one_ends_its_threads(tiny: Path) -> None:
+    model = mlxedge.load(tiny, engine="numpy", threads=3)
+    assert model.logits([3]).shape == (1, 512)
+    model.close()
+    model.close()
+    with pytest.raises(UsageError, match="closed"):
+        model.logits([3])
+    before = threading.active_count()
+    forgotten = mlxedge.load(tiny, engine="numpy", threads=4)
+    forgotten.logits([3])
+    assert threading.active_count() == before + 3
+    del forgotten
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
 
 
 def edit_config(folder: Path, **values: object) -> None:
