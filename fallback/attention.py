@@ -26,7 +26,7 @@ from mlxedge.fallback.frame import (
     STEP_SIGNATURE,
     THREADS,
     N,
-)  # fmt: skip
+)
 from mlxedge.fallback.lanes import inline, spread, where
 from mlxedge.fallback.linear import compile_c
 from mlxedge.fallback.memory import get_f32, get_i64, load_f32, put_f32, store_f32
@@ -41,7 +41,7 @@ from mlxedge.fallback.tiles import (
     outer_4x4,
     total,
     zeros,
-)  # fmt: skip
+)
 
 #: Positions that are scored together.
 SPAN = 64
