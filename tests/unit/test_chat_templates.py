@@ -102,7 +102,7 @@ SPENDING = {
 
 @pytest.mark.parametrize("name", SPENDING)
 def test_spending_is_bounded(name: str) -> None:
-    with pytest.raises(TemplateError, match="was stopped|is longer than"):
+    with pytest.raises(TemplateError, match=r"was stopped|is longer than"):
         render(SPENDING[name], {}, time_limit=0.2)
 
 
