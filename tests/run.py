@@ -42,7 +42,11 @@ def run(home: Path, pytest_arguments: list[str]) -> int:
     scripts = home / ("Scripts" if os.name == "nt" else "bin")
     python = scripts / "python"
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONSAFEPATH": "1",  # "python -m mlxedge" must find the wheel, not the source tree
+    }
 
     def call(*command: str | Path, cwd: Path = ROOT) -> None:
         print("+", *command, flush=True)
