@@ -13,7 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxedge.errors import DiskFullError, UnsupportedModelError, UsageError
+from mlxedge.encodings import PLAIN
+from mlxedge.errors import (
+    DiskFullError,
+    UnsupportedEncodingError,
+    UnsupportedModelError,
+    UsageError,
+)
 from mlxedge.models import normalise, spec_for
 from mlxedge.outputs.gguf import plan_gguf
 from mlxedge.outputs.hf_dir import plan_hf
@@ -109,6 +115,7 @@ def plan_conversion(
 
     paths = _paths(checkpoint.name, targets, out)
     for path in paths:
+        _check_apart(path, checkpoint)
         check_target(path, force)
     dtype = dtype or source_dtype(checkpoint)
     transcodes = load_reference().can_transcode
@@ -172,6 +179,12 @@ def _without_ballast(checkpoint: Checkpoint, spec: ModelSpec, config: dict[str, 
     }
     if not kept:
         raise UnsupportedModelError(f"{checkpoint.origin.path} holds no weights")
+    for name, tensor in kept.items():
+        if tensor.encoding.family == "plain" and tensor.encoding.name not in PLAIN:
+            raise UnsupportedEncodingError(
+                f"{name} is {tensor.encoding.name}: mlxedge converts {', '.join(PLAIN)} and "
+                "quantized weights that it knows; this checkpoint needs another source"
+            )
     return replace(checkpoint, config=config, tensors=Tensors(kept))
 
 
@@ -187,6 +200,15 @@ def _is_parent(target: Target, out: Path) -> bool:
     if target.format == "gguf":
         return out.suffix.lower() != ".gguf"
     return out.is_dir() and not (out / "config.json").exists()
+
+
+def _check_apart(path: Path, checkpoint: Checkpoint) -> None:
+    """Never replace what is being read, nor a folder that holds it."""
+    target = path.resolve()
+    for read in (checkpoint.origin.path, *checkpoint.origin.files):
+        source = read.resolve()
+        if target == source or target in source.parents:
+            raise UsageError(f"{path} holds the source: choose another -o")
 
 
 def _check_disk(plan: Plan) -> None:

@@ -291,3 +291,24 @@ def test_bf16_values_survive_the_reader(tmp_path: Path) -> None:
     before, after = (load_file(p / "model.safetensors") for p in (model, tmp_path / "m"))
     assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
     assert before["model.norm.weight"].dtype == ml_dtypes.bfloat16
+
+
+def test_the_source_is_never_replaced(model: Path, tmp_path: Path) -> None:
+    for out in (model, tmp_path):
+        run = mlxedge("convert", model, "--to", "hf:f32", "-o", out / "", "--force")
+        assert run.returncode in (0, 2), run.stderr
+        assert (model / "model.safetensors").exists()
+    source = tmp_path / "m.gguf"
+    assert mlxedge("convert", model, "--to", "gguf:f16", "-o", source).returncode == 0
+    before = source.read_bytes()
+    run = mlxedge("convert", source, "--to", "gguf:q8_0", "-o", source, "--force")
+    fails(run, "holds the source", status=2)
+    assert source.read_bytes() == before
+
+
+def test_weights_of_another_type(model: Path, tmp_path: Path) -> None:
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "model.norm.weight": np.ones(256, np.int64)}, file)
+    run = mlxedge("convert", model, "--to", "mlx:4bit", "-o", tmp_path / "m")
+    fails(run, "model.norm.weight", "i64", "bf16", out=tmp_path / "m")
