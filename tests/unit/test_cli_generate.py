@@ -219,7 +219,7 @@ def test_chat_on_a_terminal(tiny: Path) -> None:
 
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlxedge", "chat", str(tiny), "-n", "1500", "--temp", "3"],
+        [sys.executable, "-m", "mlxedge", "chat", str(tiny), "-n", "1500", "--temp", "3", "--seed", "2"],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         env={**os.environ, "TERM": "dumb"},
     )  # fmt: skip
@@ -241,6 +241,7 @@ def test_chat_on_a_terminal(tiny: Path) -> None:
         os.write(ours, b"Hello\n")
         wait_until(lambda: len(seen) > before + 60)
         process.send_signal(signal.SIGINT)
+        wait_until(lambda: seen.endswith(b"> "))
         os.write(ours, b"/help\n")
         wait_until(lambda: b"> " in seen.partition(b"Ctrl-C stops an answer.")[2])
         assert process.poll() is None
