@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: Each room may import from rooms above it, and from itself.
 LAYERS = (
-    {"errors", "version", "gguf_values"},
+    {"errors", "version", "gguf_values", "texts"},
     {"encodings"},
     {"ops", "targets", "recipes", "sampling", "tokenizer"},
     {"accel", "fallback"},
@@ -24,7 +24,7 @@ LAYERS = (
     {"outputs", "engines"},
     {"record"},
     {"pipeline", "generate"},
-    {"conversion"},
+    {"conversion", "evaluate"},
     {"inspect", "demo"},
     {"bench"},
     {"cli"},

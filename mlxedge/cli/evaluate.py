@@ -1,0 +1,126 @@
+"""``mlxedge evaluate``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mlxedge.evaluate import Estimate, Evaluation, Score
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--against", metavar="SOURCE",
+              help="Compare with this model: the one that the others were made of.")  # fmt: skip
+@click.option("--text", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Measure on this file (UTF-8).  "
+              "[default: a text that ships with mlxedge]")  # fmt: skip
+@click.option("--context", type=click.IntRange(min=8), default=512, metavar="N", show_default=True,
+              help="Tokens of a chunk; the second half of each counts.")  # fmt: skip
+@click.option("--chunks", type=click.IntRange(min=1), metavar="N",
+              help="Use only the first chunks of the text.  [default: all]")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), metavar="N",
+              help="Processors to use.  [default: all]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def command(
+    models: tuple[str, ...],
+    against: str | None,
+    text: Path | None,
+    context: int,
+    chunks: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure how well each MODEL predicts a text, and what it lost.
+
+    MODEL is a GGUF file, an MLX or Hugging Face folder, or a Hub id. By the definitions of
+    llama-perplexity: perplexity ± standard error and, with --against, the KL divergence of the
+    model's predictions from those of SOURCE in nats, and how often both hold the same token for the
+    likeliest. All models are held in memory and run in mlxedge's own forward pass.
+    """
+    from contextlib import ExitStack
+
+    from mlxedge.cli import ui
+    from mlxedge.evaluate import evaluate
+    from mlxedge.sources import open_source
+
+    passage = None if text is None else _read(text)
+    with ExitStack() as stack:
+        with ui.file_progress() as downloads:
+            opened = [
+                stack.enter_context(open_source(m, progress=downloads, warn=ui.warn))
+                for m in (*models, *([] if against is None else [against]))
+            ]
+        with ui.progress("evaluate") as progress:
+            found = evaluate(
+                opened[: len(models)],
+                against=None if against is None else opened[-1],
+                text=passage,
+                context=context,
+                chunks=chunks,
+                threads=threads,
+                progress=progress,
+            )
+    if as_json:
+        ui.print_json({"text": None if text is None else str(text), **_plain(asdict(found))})
+    else:
+        _show(found)
+
+
+def _read(file: Path) -> str:
+    from mlxedge.errors import UsageError
+
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 (byte {error.start})") from None
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with paths as text, and what is not finite, which JSON cannot say, as null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _show(found: Evaluation) -> None:
+    from mlxedge.cli import ui
+
+    headers = ["model", "size", "perplexity"]
+    if found.reference:
+        headers += ["KL divergence", "median", "99 %", "most", "same top"]
+    scores = ([found.reference] if found.reference else []) + list(found.models)
+    ui.table(headers, [_row(score, len(headers)) for score in scores])
+    bos = ", each begun with BOS" if found.bos else ""
+    ui.note(f"{found.scored} tokens scored in {found.chunks} chunks of {found.context}{bos}")
+    if found.reference:
+        ui.note(f"compared with {found.reference.path}")
+
+
+def _row(score: Score, columns: int) -> list[str]:
+    from mlxedge.cli import ui
+
+    name = score.path.name if score.path.is_file() else score.name
+    row = [ui.printable(name), ui.size(score.nbytes), _estimate(score.perplexity, 4)]
+    if (d := score.divergence) is None:
+        return row + ["-"] * (columns - len(row))
+    percent = f"{100 * d.same_top.value:.2f} ± {100 * d.same_top.error:.2f} %"
+    return [
+        *row,
+        _estimate(d.mean, 6),
+        *(f"{v:.6f}" for v in (d.median, d.p99, d.maximum)),
+        percent,
+    ]
+
+
+def _estimate(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
