@@ -219,7 +219,8 @@ def test_chat_on_a_terminal(tiny: Path) -> None:
 
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlxedge", "chat", str(tiny), "-n", "1500", "--temp", "3", "--seed", "2"],
+        [sys.executable, "-m", "mlxedge", "chat", str(tiny),
+         "-n", "1500", "--temp", "3", "--seed", "2"],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         env={**os.environ, "TERM": "dumb"},
     )  # fmt: skip
