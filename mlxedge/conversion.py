@@ -26,6 +26,7 @@ from mlxedge.outputs.hf_dir import plan_hf
 from mlxedge.outputs.mlx_dir import plan_mlx
 from mlxedge.outputs.staging import check_target, partial_dir
 from mlxedge.plan import OutputPlan, Plan
+from mlxedge.record import recorded_fingerprint
 from mlxedge.targets import Target, parse_target
 
 if TYPE_CHECKING:
@@ -70,7 +71,14 @@ def convert(
         if isinstance(opened, (str, Path)):
             opened = stack.enter_context(open_source(opened))
         plan, checkpoint = plan_conversion(
-            opened, targets, Path(out), backend=backend, dtype=dtype, force=force, pre=pre
+            opened,
+            targets,
+            Path(out),
+            backend=backend,
+            dtype=dtype,
+            force=force,
+            allow_nan=allow_nan,
+            pre=pre,
         )
         return run_plan(
             plan,
@@ -91,6 +99,7 @@ def plan_conversion(
     backend: str | None = None,
     dtype: str | None = None,
     force: bool = False,
+    allow_nan: bool = False,
     pre: str | None = None,
 ) -> tuple[Plan, Checkpoint]:
     """Plan without writing anything.
@@ -99,7 +108,7 @@ def plan_conversion(
     nothing (buffers, the second copy of a tied head). Raises UnsupportedModelError where the
     runtime of a target cannot compute this model, OutputExistsError, DiskFullError.
     """
-    from mlxedge.ops import default_backend, load_reference
+    from mlxedge.ops import default_backend, load_ops, load_reference
 
     if not targets:
         raise UsageError("no target: name at least one, for example --to mlx:4bit")
@@ -116,7 +125,6 @@ def plan_conversion(
     paths = _paths(checkpoint.name, targets, out)
     for path in paths:
         _check_apart(path, checkpoint)
-        check_target(path, force)
     dtype = dtype or source_dtype(checkpoint)
     transcodes = load_reference().can_transcode
     outputs: list[OutputPlan] = []
@@ -137,9 +145,27 @@ def plan_conversion(
         outputs=outputs,
         largest_tensor=max(t.nbytes for t in checkpoint.tensors.values()),
         chunk_weights=CHUNK_WEIGHTS[backend or default_backend()],
+        parallel=load_ops(backend).parallel,
     )
+    _find_finished(plan, backend or default_backend(), allow_nan)
+    for output in plan.outputs:
+        if not output.finished:
+            check_target(output.path, force)
     _check_disk(plan)
     return plan, checkpoint
+
+
+def _find_finished(plan: Plan, backend: str, allow_nan: bool) -> None:
+    """Mark outputs that an interrupted run of this very plan published before it stopped.
+
+    There was such a run if one of the others was left half-written; else an output that exists is
+    one that the user has to decide about.
+    """
+    if any(partial_dir(output.path).exists() for output in plan.outputs):
+        for output in plan.outputs:
+            made = output.path.exists() and not partial_dir(output.path).exists()
+            mark = plan.fingerprint(output, backend, allow_nan)
+            output.finished = made and recorded_fingerprint(output.path) == mark
 
 
 def source_dtype(checkpoint: Checkpoint) -> str:
@@ -189,8 +215,8 @@ def _without_ballast(checkpoint: Checkpoint, spec: ModelSpec, config: dict[str, 
 
 
 def _paths(name: str, targets: Sequence[Target], out: Path) -> list[Path]:
-    """With one target, ``out`` is the output itself unless it is an existing folder to write into
-    (or ends with a separator); with several it is the parent."""
+    """With one target, ``out`` is the output itself unless it is an existing folder to write into;
+    with several it is the parent."""
     if len(targets) == 1 and not _is_parent(targets[0], out):
         return [out]
     return [out / target.default_name(name) for target in targets]
@@ -211,14 +237,22 @@ def _check_apart(path: Path, checkpoint: Checkpoint) -> None:
             raise UsageError(f"{path} holds the source: choose another -o")
 
 
+def _on_disk(file: Path) -> int:
+    """What a file takes up: a sparse one has more bytes than that."""
+    stat = file.stat()
+    return min(stat.st_size, getattr(stat, "st_blocks", stat.st_size) * 512)
+
+
 def _check_disk(plan: Plan) -> None:
     """Refuse before the work what would fail after it."""
     needed: dict[int, tuple[Path, int]] = {}
     for output in plan.outputs:
+        if output.finished:
+            continue
         parent = output.path.parent
         while not parent.exists():
             parent = parent.parent
-        have = sum(f.stat().st_size for f in partial_dir(output.path).glob("data/*"))
+        have = sum(_on_disk(f) for f in partial_dir(output.path).glob("data/*"))
         device = parent.stat().st_dev
         _, so_far = needed.get(device, (parent, 0))
         needed[device] = (parent, so_far + max(0, output.nbytes - have))

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 #: Called from one thread at a time with weights done, weights in all, and the tensor's name.
 ProgressHook = Callable[[int, int, str], None]
 
+#: Below this a sum of squares in f32 may have lost what it is made of.
+_TINY = 1e-25
+
 
 @dataclass
 class TensorResult:
@@ -40,6 +43,9 @@ class TensorResult:
     encoding: str
     squared_error: float = 0.0
     squared_weights: float = 0.0
+    #: "encode" if a part of the tensor could not keep its codes after all.
+    how: str = ""
+    nonfinite: bool = False
 
     @property
     def error(self) -> float:
@@ -72,7 +78,8 @@ class OutputResult:
 
 @dataclass
 class Report:
-    """What a conversion did. ``nonfinite`` names tensors with NaN or infinity that were allowed."""
+    """What a conversion did. ``nonfinite`` names tensors with NaN or infinity that were allowed,
+    ``kept`` the outputs that an interrupted run had finished."""
 
     plan: Plan
     backend: str
@@ -80,6 +87,7 @@ class Report:
     outputs: list[OutputResult]
     seconds: float
     nonfinite: list[str] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
 
 
 @dataclass
@@ -108,22 +116,33 @@ def run_plan(
 
     ops = load_ops(backend)
     started = time.perf_counter()
+    workers = worker_count(threads)
     with contextlib.ExitStack() as stack:
         stages = []
         for output in plan.outputs:
-            stage = Staging(output, plan.fingerprint(output, ops.name))
+            if output.finished:
+                continue
+            stage = Staging(output, plan.fingerprint(output, ops.name, allow_nan))
             stack.callback(stage.keep)
             stages.append(stage)
         hashes = stack.enter_context(SourceHashes(checkpoint.origin))
-        run = _Run(plan, checkpoint, ops, stages, allow_nan, worker_count(threads), progress)
-        run.run()
+        run = _Run(plan, checkpoint, ops, stages, allow_nan, workers, progress)
+        try:
+            run.run()
+        except (BadWeightsError, UnsupportedEncodingError):
+            for stage in stages:
+                stage.discard()
+            raise
         results = run.collect()
-        report = Report(plan, ops.name, run.threads, results, 0.0, sorted(run.nonfinite))
-        for stage, result in zip(stages, results, strict=True):
+        report = Report(plan, ops.name, run.threads, results, 0.0, run.nonfinite())
+        report.kept = [output.path for output in plan.outputs if output.finished]
+        for stage in stages:
             check_written(stage)
-            stage.publish(force)
+        for stage, result in zip(stages, results, strict=True):
             report.seconds = time.perf_counter() - started
-            result.record = write_record(report, result, checkpoint, hashes)
+            # The record goes first: an output that is there has one, which says whose it is.
+            result.record = write_record(report, result, checkpoint, hashes, stage)
+            stage.publish(force)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -147,7 +166,6 @@ class _Run:
         self.allow_nan = allow_nan
         self.threads = threads if ops.parallel else 1
         self.progress = progress
-        self.nonfinite: set[str] = set()
         self.total = sum(t.size for t in checkpoint.tensors.values())
         self._done_weights = 0
         self._seconds = [0.0] * len(stages)
@@ -182,12 +200,24 @@ class _Run:
                         planned.encoding.name,
                         line["squared_error"],
                         line["squared_weights"],
+                        line["how"],
+                        line["nonfinite"],
                     )
                 )
             found.append(
                 OutputResult(stage.plan, tensors, seconds / self.threads, stage.resumed_tensors)
             )
         return found
+
+    def nonfinite(self) -> list[str]:
+        """Source tensors with NaN or infinity, also those that an earlier run met."""
+        found = {
+            planned.source
+            for stage in self.stages
+            for planned in stage.plan.tensors
+            if stage.done[planned.name]["nonfinite"]
+        }
+        return sorted(found)
 
     def _chunks(self) -> Iterator[tuple[_Work, int, int]]:
         goals: dict[str, list[tuple[int, PlannedTensor]]] = {}
@@ -201,7 +231,7 @@ class _Run:
                 continue
             step = self._rows_per_chunk(source, [p for _, p in goals[name]])
             starts = range(0, source.rows, step)
-            results = [TensorResult(p.name, p.encoding.name) for _, p in goals[name]]
+            results = [TensorResult(p.name, p.encoding.name, how=p.how) for _, p in goals[name]]
             work = _Work(source, goals[name], len(starts), results)
             for start in starts:
                 yield work, start, min(start + step, source.rows)
@@ -219,26 +249,24 @@ class _Run:
 
         source = work.source
         parts = source.read_rows(start, stop)
-        weights: np.ndarray | None = None
-        plain: np.ndarray | None = None
-        if source.encoding.family == "plain":
-            weights = parts["weight"]
-        elif any(goal.how != "copy" for _, goal in work.goals):
-            weights = self._decode(parts, source)
-        if weights is not None:
-            self._check_finite(weights, source, start)
+        quantized = source.encoding.family != "plain"
+        weights = self._decode(parts, source) if quantized else parts["weight"]
+        finite = self._is_finite(weights, source, start)
+        plain = weights.astype(np.float32, copy=False)
+        power = _power(plain)
         for (index, goal), result in zip(work.goals, work.results, strict=True):
             began = time.perf_counter()
             order = self._row_order(goal, source, stop - start)
             error = 0.0
-            made = self._keep(parts, source, goal)
-            if made is None:
-                assert weights is not None
-                made = self.ops.encode(weights, goal.encoding)
-                if plain is None:
-                    plain = weights.astype(np.float32, copy=False)
+            kept = self._keep(parts, source, goal)
+            made = self.ops.encode(weights, goal.encoding) if kept is None else kept
+            if kept is None:
                 error = _difference(self.ops.decode(made, goal.encoding), plain)
-            power = _power(plain if plain is not None else weights)
+                if finite and not math.isfinite(error):
+                    raise BadWeightsError(
+                        f"{source.name} does not fit in {goal.encoding}: its largest weight is "
+                        f"{np.abs(plain).max():g}; choose bf16 or f32, or --dtype bf16 for MLX"
+                    )
             for part, place in goal.places.items():
                 data = made[part] if order is None else _reorder(made[part], order)
                 row = place.part.nbytes // source.rows
@@ -247,6 +275,8 @@ class _Run:
             with self._guard:
                 result.squared_error += error
                 result.squared_weights += power
+                result.how = "encode" if kept is None else result.how
+                result.nonfinite |= not finite
                 self._seconds[index] += time.perf_counter() - began
         self._chunk_done(work, (stop - start) * source.cols)
 
@@ -260,6 +290,8 @@ class _Run:
                     "tensor": goal.name,
                     "squared_error": result.squared_error,
                     "squared_weights": result.squared_weights,
+                    "how": result.how,
+                    "nonfinite": result.nonfinite,
                 }
                 self.stages[index].finish_tensor(line, goal.nbytes)
         self._advance(weights, work.source.name)
@@ -286,14 +318,10 @@ class _Run:
         except UnsupportedEncodingError:
             return self.reference.decode(parts, source.encoding)
 
-    def _check_finite(self, weights: np.ndarray, source: SourceTensor, start: int) -> None:
+    def _is_finite(self, weights: np.ndarray, source: SourceTensor, start: int) -> bool:
         at = self.reference.first_nonfinite(weights)
-        if at is None:
-            return
-        if self.allow_nan:
-            with self._guard:
-                self.nonfinite.add(source.name)
-            return
+        if at is None or self.allow_nan:
+            return at is None
         row, col = divmod(at, source.cols)
         raise BadWeightsError(
             f"{source.name} has a weight that is {weights.flat[at]} at row {start + row}, "
@@ -325,16 +353,14 @@ def _difference(decoded: np.ndarray, weights: np.ndarray) -> float:
         return _power(decoded - weights)
 
 
-def _power(weights: np.ndarray | None) -> float:
-    """Σ w², summed in f32 lanes, or in f64 where that overflows."""
+def _power(weights: np.ndarray) -> float:
+    """Σ w², summed in f32 lanes, or in f64 where that over- or underflows."""
     import numpy as np
 
-    if weights is None:
-        return 0.0
-    flat = weights.reshape(-1).astype(np.float32, copy=False)
+    flat = weights.reshape(-1)
     with np.errstate(invalid="ignore", over="ignore"):
         total = float(np.einsum("i,i->", flat, flat))
-    if not math.isfinite(total):
+    if not _TINY < total < math.inf:
         wide = flat.astype(np.float64)
         total = float(np.einsum("i,i->", wide, wide))
     return total

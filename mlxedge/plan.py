@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlxedge.encodings import Encoding, Part
 from mlxedge.models.spec import RowOrder
 from mlxedge.targets import Target
+from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import SourceTensor
@@ -80,6 +81,8 @@ class OutputPlan:
     data: list[DataFile]
     files: dict[str, bytes]
     notes: list[str] = field(default_factory=list)
+    #: Whether an interrupted run of the same plan had finished this one.
+    finished: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -112,30 +115,38 @@ class Plan:
     outputs: list[OutputPlan]
     largest_tensor: int
     chunk_weights: int
+    parallel: bool = True
 
     @property
     def disk_bytes(self) -> int:
         return sum(o.nbytes for o in self.outputs)
 
     def memory_bytes(self, threads: int) -> int:
-        """An upper estimate of what the conversion holds at once, beyond the interpreter: for each
-        thread a chunk as read, as f32, and as encoded and decoded for the largest target."""
-        return 200 * 2**20 + threads * self.chunk_weights * (4 + 4 + 4 + 4)
+        """About the most that the process holds at once: the interpreter with its libraries, the
+        vocabulary as objects (many times its bytes in a header), and for each thread a chunk as
+        read, as f32, as encoded and as decoded."""
+        headers = max((len(f.header) for o in self.outputs for f in o.data), default=0)
+        workers = threads if self.parallel else 1
+        return 240 * 2**20 + 24 * headers + workers * self.chunk_weights * 20
 
-    def fingerprint(self, output: OutputPlan, backend: str) -> str:
+    def fingerprint(self, output: OutputPlan, backend: str, allow_nan: bool) -> str:
         """Tells whether a half-written output belongs to this plan."""
         text = json.dumps(
             [
                 self.source,
                 output.target.spec,
+                VERSION,
                 backend,
-                [(f.name, hashlib.sha256(f.header).hexdigest(), f.size) for f in output.data],
+                allow_nan,
+                [(f.name, _digest(f.header), f.size) for f in output.data],
+                [(at, _digest(data)) for f in output.data for at, data in f.constants],
+                [(name, _digest(data)) for name, data in sorted(output.files.items())],
                 [(t.name, t.encoding.name, t.how) for t in output.tensors],
             ],
             sort_keys=True,
             default=str,
         )
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _digest(text.encode())
 
 
 def place_parts(
@@ -155,6 +166,10 @@ def how_to_make(source: SourceTensor, encoding: Encoding, can_transcode: bool) -
     if source.encoding == encoding:
         return "copy"
     return "transcode" if can_transcode else "encode"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _size(shape: tuple[int, ...]) -> int:

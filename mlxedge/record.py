@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from mlxedge.outputs.staging import os_errors
+from mlxedge.outputs.staging import Staging, os_errors
 from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
@@ -91,11 +91,26 @@ def record_path(output: Path) -> Path:
     return output.with_name(output.name + ".mlxedge.json")
 
 
+def recorded_fingerprint(output: Path) -> str | None:
+    """The plan's fingerprint in the record beside an output, or ``None``."""
+    try:
+        record = json.loads(record_path(output).read_text(encoding="utf-8"))
+        found = record["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def write_record(
-    report: Report, result: OutputResult, checkpoint: Checkpoint, hashes: SourceHashes
+    report: Report,
+    result: OutputResult,
+    checkpoint: Checkpoint,
+    hashes: SourceHashes,
+    stage: Staging,
 ) -> Path:
-    """Write the record of one finished output and return its path."""
+    """Write the record of one output that is about to get its name, and return its path."""
     plan = result.plan
+    made = stage.complete()
     described = dict(report.plan.source)
     found = hashes.result()
     described["files"] = [
@@ -106,12 +121,13 @@ def write_record(
     record = {
         "schema": SCHEMA,
         "mlxedge": VERSION,
+        "fingerprint": stage.fingerprint,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": described,
         "output": {
             "target": plan.target.spec,
             "name": plan.path.name,
-            "files": _files(plan.path),
+            "files": _files(made, plan.path.name),
             "bytes": plan.nbytes,
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "relative_error": finite(result.error),
@@ -129,7 +145,7 @@ def write_record(
                 "name": t.name,
                 "source": planned[t.name].source,
                 "encoding": t.encoding,
-                "how": planned[t.name].how,
+                "how": t.how,
                 "reason": planned[t.name].reason,
                 "relative_error": finite(t.error),
             }
@@ -144,11 +160,11 @@ def write_record(
     return path
 
 
-def _files(path: Path) -> list[dict[str, Any]]:
+def _files(path: Path, name: str) -> list[dict[str, Any]]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return [
         {
-            "name": file.name if file == path else file.relative_to(path).as_posix(),
+            "name": name if file == path else file.relative_to(path).as_posix(),
             "bytes": file.stat().st_size,
             "sha256": sha256_file(file),
         }

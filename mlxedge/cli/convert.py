@@ -72,7 +72,14 @@ def command(
             open_source(source, revision=revision, progress=downloads, warn=ui.warn)
         )
         plan, checkpoint = plan_conversion(
-            opened, targets, out, backend=backend, dtype=dtype, force=force, pre=pre
+            opened,
+            targets,
+            out,
+            backend=backend,
+            dtype=dtype,
+            force=force,
+            allow_nan=allow_nan,
+            pre=pre,
         )
         workers = worker_count(threads)
         if not as_json:
@@ -133,6 +140,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "threads": report.threads,
         "seconds": round(report.seconds, 3),
         "nonfinite_tensors": report.nonfinite,
+        "kept": [str(path) for path in report.kept],
         "outputs": [
             {
                 "target": r.plan.target.spec,
@@ -196,6 +204,8 @@ def show_report(report: Report) -> None:
     ui.table(["written", "size", "bits/weight", "error", "seconds"], rows)
     resumed = sum(r.resumed for r in report.outputs)
     tail = f", {resumed} tensors kept from an interrupted run" if resumed else ""
+    for path in report.kept:
+        click.echo(f"kept {path}, which the interrupted run had finished")
     click.echo(f"{report.seconds:.1f} s in all on {report.backend}, {report.threads} threads{tail}")
 
 

@@ -3,7 +3,9 @@
 Beside an output ``NAME`` stands ``.NAME.partial/`` while it is made: the data files at their full
 size, ``journal.jsonl`` with a line for each finished tensor, and a lock. A killed run leaves the
 folder; the next run with the same plan goes on from the journal, one with another plan starts
-clean. Nothing appears under the final name before it is complete and synced.
+clean. Nothing appears under the final name before it is complete and synced. A folder that is
+replaced waits as ``.NAME.partial/replaced`` between two renames; a run that finds it there, and
+nothing at ``NAME``, puts it back first.
 """
 
 from __future__ import annotations
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
     from mlxedge.plan import OutputPlan
 
 _JOURNAL = "journal.jsonl"
+_REPLACED = "replaced"
+#: Room is left for ``..partial`` and ``.mlxedge.json``; file systems allow 255 bytes.
+_LONGEST_NAME = 230
+_MODEL_SUFFIXES = {".safetensors", ".json", ".md", ".model", ".txt", ".jinja", ".tiktoken"}
+_MODEL_NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
 _SYNC_BYTES = 256 << 20
 
 
@@ -32,9 +39,19 @@ def partial_dir(path: Path) -> Path:
 
 
 def check_target(path: Path, force: bool) -> None:
-    """Refuse an existing target unless ``force``, and a parent that cannot be written."""
+    """Refuse an existing target unless ``force``, a folder with more than a model in it, a name
+    that leaves no room for those beside it, and a parent that cannot be written."""
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise OutputError(f"{path.name} is too long for a name: choose a shorter -o")
+    if path.is_symlink() and not path.exists():
+        raise OutputError(f"{path} is a link to nothing: remove it, or choose another -o")
     if path.exists() and not force:
         raise OutputExistsError(f"{path} exists: choose another -o, or replace it with --force")
+    if path.is_dir() and (other := _not_of_a_model(path)):
+        raise OutputExistsError(
+            f"{path} holds {other}, which is not part of a model: it is not replaced; "
+            "choose another -o"
+        )
     parent = path.parent
     probe = parent
     while not probe.exists():
@@ -43,6 +60,16 @@ def check_target(path: Path, force: bool) -> None:
         raise OutputError(f"{probe} is a file, so {path} cannot be created: choose another -o")
     if not os.access(probe, os.W_OK):
         raise OutputError(f"{probe} is not writable: choose another -o")
+
+
+def _not_of_a_model(folder: Path) -> str | None:
+    """The name of something in a folder that no model folder has, or ``None``."""
+    for entry in sorted(folder.iterdir()):
+        if not entry.is_file() or (
+            entry.suffix not in _MODEL_SUFFIXES and entry.name not in _MODEL_NAMES
+        ):
+            return entry.name
+    return None
 
 
 @contextlib.contextmanager
@@ -71,6 +98,7 @@ class Staging:
         from filelock import FileLock, Timeout
 
         self.plan = plan
+        self.fingerprint = fingerprint
         self.dir = partial_dir(plan.path)
         #: Finished tensors by name, those of an earlier run included: their journal lines.
         self.done: dict[str, dict[str, Any]] = {}
@@ -98,7 +126,8 @@ class Staging:
         journal = self.dir / _JOURNAL
         lines = _read_journal(journal)
         head = {"fingerprint": fingerprint}
-        if lines[:1] == [head]:
+        self._restore()
+        if lines[:1] == [head] and self._data_is_whole():
             self.done = {line["tensor"]: line for line in lines[1:] if "tensor" in line}
             self.resumed_tensors = len(self.done)
         else:
@@ -118,6 +147,17 @@ class Staging:
             for offset, data in file.constants:
                 write_at(fd, data, offset)
         self._journal = journal.open("a", encoding="utf-8")
+
+    def _restore(self) -> None:
+        """Put back a folder that a killed run had moved aside."""
+        replaced = self.dir / _REPLACED
+        if replaced.exists() and not self.plan.path.exists():
+            replaced.rename(self.plan.path)
+
+    def _data_is_whole(self) -> bool:
+        """Whether the files that the journal speaks of are still there."""
+        files = [(self.data_dir / file.name, file.size) for file in self.plan.data]
+        return all(p.is_file() and p.stat().st_size == size for p, size in files)
 
     @property
     def data_dir(self) -> Path:
@@ -145,39 +185,55 @@ class Staging:
         self._pending.clear()
         self._unsynced = 0
 
-    def publish(self, force: bool) -> None:
-        """Sync everything and give it its final name."""
-        path = self.plan.path
-        with os_errors(path):
+    def complete(self) -> Path:
+        """Write the small files and sync everything; returns what will get the final name."""
+        with os_errors(self.plan.path):
             with self._guard:
                 self._sync()
-            self._close_files()
             for name, data in self.plan.files.items():
                 target = self.data_dir / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
                 _sync_path(target)
             _sync_path(self.data_dir)
-            made = self.data_dir
-            if not self.plan.target.is_folder:
-                made = self.data_dir / self.plan.data[0].name
-            if path.exists():
-                if not force:
-                    raise OutputExistsError(f"{path} appeared meanwhile: it was not replaced")
-                if path.is_dir() or self.plan.target.is_folder:
-                    path.rename(self.dir / "replaced")
-            made.replace(path)
+        if self.plan.target.is_folder:
+            return self.data_dir
+        return self.data_dir / self.plan.data[0].name
+
+    def publish(self, force: bool) -> None:
+        """Give what ``complete`` made its final name."""
+        path = self.plan.path
+        made = self.complete()
+        with os_errors(path):
+            self._close_files()
+            if path.exists() and not force:
+                raise OutputExistsError(f"{path} appeared meanwhile: it was not replaced")
+            # Once the data has moved, a journal of it would be a lie.
+            self._journal.close()
+            (self.dir / _JOURNAL).unlink()
+            _sync_path(self.dir)
+            if path.exists() and (path.is_dir() or self.plan.target.is_folder):
+                path.rename(self.dir / _REPLACED)
+            try:
+                made.replace(path)
+            except OSError:
+                self._restore()
+                raise
             _sync_path(path.parent)
             self.release()
             shutil.rmtree(self.dir, ignore_errors=True)
 
     def keep(self) -> None:
         """Stop without publishing; what is done stays for the next run. No-op once published."""
-        if not self._files:
-            return
-        with self._guard, contextlib.suppress(OSError):
-            self._sync()
+        if self._files:
+            with self._guard, contextlib.suppress(OSError):
+                self._sync()
         self.release()
+
+    def discard(self) -> None:
+        """Stop without publishing, for a reason that the next run would meet again."""
+        self.release()
+        shutil.rmtree(self.dir, ignore_errors=True)
 
     def _close_files(self) -> None:
         for fd in self._files:
@@ -225,7 +281,8 @@ def _reserve(fd: int, size: int) -> None:
 def _sync_path(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return
-    fd = os.open(path, os.O_RDONLY)
+    # Windows syncs what is open for writing; a folder can be opened for reading only.
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(fd)
     finally:

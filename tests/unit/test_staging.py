@@ -119,3 +119,85 @@ def test_write_at_writes_everything(tmp_path: Path) -> None:
     finally:
         os.close(fd)
     assert (tmp_path / "f").read_bytes() == b"\0\0abc"
+
+
+def test_a_journal_without_its_data_is_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    stage = Staging(plan(path), "a")
+    stage.finish_tensor(line("t1"), 4)
+    stage.keep()
+    (partial_dir(path) / "data" / "model.bin").unlink()
+    assert Staging(plan(path), "a").done == {}
+
+
+@pytest.mark.parametrize("target", ["gguf:q8_0", "mlx:4bit"])
+def test_a_kill_while_publishing_leaves_no_journal(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the data got its name and before the rest was cleared away."""
+    path = tmp_path / "m.gguf"
+    stage = Staging(plan(path, target), "a")
+    stage.write(0, 4, b"done")
+    stage.finish_tensor(line("t1"), 4)
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **options: None)
+    stage.publish(force=False)
+    monkeypatch.undo()
+    assert partial_dir(path).exists()
+    again = Staging(plan(path, target), "a")
+    assert again.done == {}
+    again.keep()
+
+
+def test_a_folder_that_was_moved_aside_comes_back(tmp_path: Path) -> None:
+    made = plan(tmp_path / "m", "mlx:4bit")
+    made.path.mkdir()
+    (made.path / "old.json").write_bytes(b"{}")
+    stage = Staging(made, "a")
+    made.path.rename(stage.dir / "replaced")  # and there the run was killed
+    stage.keep()
+    again = Staging(made, "another plan")
+    assert (made.path / "old.json").exists()
+    again.keep()
+
+
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan(tmp_path / "m", "mlx:4bit")
+    made.path.mkdir()
+    (made.path / "old.json").write_bytes(b"{}")
+    stage = Staging(made, "a")
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OutputError, match="Input/output"):
+        stage.publish(force=True)
+    stage.keep()
+    assert (made.path / "old.json").exists()
+    Staging(made, "b").keep()  # the lock is free again
+
+
+def test_a_folder_with_more_than_a_model_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "m" / name).write_bytes(b"")
+    check_target(tmp_path / "m", force=True)
+    (tmp_path / "m" / "thesis.tex").write_bytes(b"")
+    with pytest.raises(OutputExistsError, match=r"thesis\.tex"):
+        check_target(tmp_path / "m", force=True)
+
+
+def test_names_and_links_that_cannot_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="too long"):
+        check_target(tmp_path / ("x" * 240), force=False)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="link to nothing"):
+        check_target(tmp_path / "link", force=False)
+
+
+def test_discard_leaves_nothing(tmp_path: Path) -> None:
+    stage = Staging(plan(tmp_path / "m.gguf"), "a")
+    stage.discard()
+    assert list(tmp_path.iterdir()) == []
