@@ -32,7 +32,7 @@ from mlxedge.targets import Target, parse_target
 if TYPE_CHECKING:
     from mlxedge.models.spec import ModelSpec
     from mlxedge.pipeline import ProgressHook, Report
-    from mlxedge.sources.checkpoint import Checkpoint
+    from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
 
 #: Weights handled at once by a thread; bounds memory (4 bytes each, a few copies).
 CHUNK_WEIGHTS = {"numpy": 1 << 18, "mlx": 1 << 24}
@@ -115,12 +115,22 @@ def plan_conversion(
     repeated = {t.spec for t in targets if targets.count(t) > 1}
     if repeated:
         raise UsageError(f"target given twice: {', '.join(sorted(repeated))}")
+    for what, given, known in (
+        ("backend", backend, tuple(CHUNK_WEIGHTS)),
+        ("dtype", dtype, tuple(_CONFIG_DTYPE.values())),
+    ):
+        if given is not None and given not in known:
+            raise UsageError(f"unknown {what} {given!r}: choose from {', '.join(known)}")
     spec = spec_for(checkpoint.config)
-    config = normalise(checkpoint.config, checkpoint.tensors)
-    checkpoint = _without_ballast(checkpoint, spec, config)
+    checkpoint = _without_ballast(
+        checkpoint, spec, normalise(checkpoint.config, checkpoint.tensors)
+    )
+    config = checkpoint.config
     for target in targets:
         if target.format != "hf" and (why := spec.objections(config, target.format)):
             raise UnsupportedModelError(f"{target.spec}: {'; '.join(why)}")
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    spec.check_tensors(config, shapes, checkpoint.origin.path)
 
     paths = _paths(checkpoint.name, targets, out)
     for path in paths:
@@ -197,12 +207,14 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
 def _without_ballast(checkpoint: Checkpoint, spec: ModelSpec, config: dict[str, Any]) -> Checkpoint:
     from mlxedge.sources.checkpoint import Tensors
 
-    kept = {
-        name: tensor
-        for name, tensor in checkpoint.tensors.items()
-        if not spec.is_ignored(name)
-        and not (config["tie_word_embeddings"] and name == "lm_head.weight")
-    }
+    kept = {name: t for name, t in checkpoint.tensors.items() if not spec.is_ignored(name)}
+    head, table = kept.get("lm_head.weight"), kept.get("model.embed_tokens.weight")
+    if config["tie_word_embeddings"] and head is not None:
+        # As in transformers 5, a head that differs is the model's own, whatever the config says.
+        if table is None or not _has_weights_here(checkpoint) or _same_weights(head, table):
+            del kept["lm_head.weight"]
+        else:
+            config = config | {"tie_word_embeddings": False}
     if not kept:
         raise UnsupportedModelError(f"{checkpoint.origin.path} holds no weights")
     for name, tensor in kept.items():
@@ -212,6 +224,24 @@ def _without_ballast(checkpoint: Checkpoint, spec: ModelSpec, config: dict[str, 
                 "quantized weights that it knows; this checkpoint needs another source"
             )
     return replace(checkpoint, config=config, tensors=Tensors(kept))
+
+
+def _has_weights_here(checkpoint: Checkpoint) -> bool:
+    """Whether weights can be read at no cost: inspecting a model on the Hub has headers only."""
+    return any(file.suffix in (".safetensors", ".gguf") for file in checkpoint.origin.files)
+
+
+def _same_weights(one: SourceTensor, other: SourceTensor) -> bool:
+    """Whether two tensors are stored alike, byte for byte."""
+    if (one.shape, one.encoding) != (other.shape, other.encoding):
+        return False
+    step = max(1, (1 << 24) * one.rows // max(1, one.nbytes))
+    for start in range(0, one.rows, step):
+        stop = min(start + step, one.rows)
+        left, right = one.read_rows(start, stop), other.read_rows(start, stop)
+        if any(left[part].tobytes() != right[part].tobytes() for part in left):
+            return False
+    return True
 
 
 def _paths(name: str, targets: Sequence[Target], out: Path) -> list[Path]:

@@ -6,6 +6,7 @@ A file ``NAME.py`` here with a ``SPEC`` makes ``"model_type": "NAME"`` known; no
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import re
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from typing import Any
 
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.layout import rope_row_order, rope_row_order_to_gguf
+from mlxedge.models.rope import rope_settings
 from mlxedge.models.spec import ModelSpec
 
 __all__ = [
@@ -75,20 +77,81 @@ def _canonical(arch: str) -> str:
 def normalise(config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, Any]:
     """A copy of ``config`` in which what transformers leaves to defaults is spelled out.
 
-    ``head_dim``, ``num_key_value_heads`` and ``tie_word_embeddings`` are always set; the head is
-    tied if the config says so or if there is no ``lm_head.weight``.
+    ``head_dim``, ``num_key_value_heads``, ``rms_norm_eps`` and ``tie_word_embeddings`` are always
+    set; the head is tied if the config says so, or if it is silent and there is no
+    ``lm_head.weight``. Raises UnsupportedModelError if a size is missing or makes no sense.
     """
     config = dict(config)
-    missing = [
+    wrong = [key for key in _SIZES if not _positive_int(config.get(key))]
+    wrong += [
         key
-        for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
-        if not isinstance(config.get(key), int) or config[key] <= 0
+        for key in _OPTIONAL_SIZES
+        if config.get(key) is not None and not _positive_int(config[key])
     ]
-    if missing:
-        raise UnsupportedModelError(f"config.json lacks a positive {', '.join(missing)}")
-    heads = config["num_attention_heads"]
-    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-    tied = config.get("tie_word_embeddings", False)
-    config["tie_word_embeddings"] = bool(tied) or "lm_head.weight" not in set(tensor_names)
+    wrong += [key for key in _WINDOW if config.get(key) and not _positive_int(config[key])]
+    if wrong:
+        given = ", ".join(f"{key} ({str(config.get(key, 'absent'))[:40]!r})" for key in wrong)
+        raise UnsupportedModelError(f"the config needs positive whole numbers for {given}")
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    kv_heads = config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise UnsupportedModelError(
+            f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
+        )
+    if config.get("head_dim") is None and hidden % heads:
+        raise UnsupportedModelError(
+            f"hidden_size ({hidden}) does not divide into {heads} attention heads, "
+            "and the config has no head_dim"
+        )
+    config["head_dim"] = config.get("head_dim") or hidden // heads
+    if config["head_dim"] % 2:
+        raise UnsupportedModelError(f"head_dim ({config['head_dim']}) is odd: rotation needs pairs")
+    epsilon = config.get("rms_norm_eps")
+    config["rms_norm_eps"] = epsilon = 1e-6 if epsilon is None else epsilon
+    if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
+        raise UnsupportedModelError(f"rms_norm_eps is {str(epsilon)[:40]!r}, not a small number")
+    if not isinstance(config.get("layer_types") or [], list):
+        raise UnsupportedModelError("the config's layer_types is not a list")
+    _check_rope(config)
+    tied = config.get("tie_word_embeddings")
+    if tied is None:
+        tied = "lm_head.weight" not in set(tensor_names)
+    config["tie_word_embeddings"] = bool(tied)
     return config
+
+
+_SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "intermediate_size",
+    "vocab_size",
+)
+_OPTIONAL_SIZES = (
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+#: Zero, too, has a meaning here.
+_WINDOW = ("sliding_window", "max_window_layers")
+
+
+def _positive_int(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _check_rope(config: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError for rotary settings that are not numbers, or no sane ones."""
+    try:
+        rope = rope_settings(config)
+        numbers = (rope.factor, rope.beta_fast, rope.beta_slow, rope.fraction, rope.theta - 1)
+        sane = all(0 < n < math.inf for n in numbers)
+        sane = sane and (rope.type != "llama3" or rope.low_freq_factor < rope.high_freq_factor)
+    except UnsupportedModelError:
+        return  # it concerns the runtimes: ModelSpec.objections says it for them
+    except (TypeError, ValueError, AttributeError, ArithmeticError):
+        sane = False
+    if not sane:
+        raise UnsupportedModelError(
+            "the config's rotary settings (rope_theta, rope_scaling, rope_parameters) make no sense"
+        )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
+from mlxedge.models.dense import layer_windows
 from mlxedge.models.rope import Rope, inverse_frequencies, rope_settings
 from mlxedge.ops import load_forward, load_reference
 
@@ -64,24 +65,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
         context=int(config.get("max_position_embeddings") or 2048),
         epsilon=float(config.get("rms_norm_eps") or 1e-6),
         rope=rope_settings(config),
-        windows=_windows(config, layers),
+        windows=layer_windows(config, layers),
     )
-
-
-def _windows(config: dict[str, Any], layers: int) -> tuple[int, ...]:
-    """The sliding window of each layer, as transformers 5 applies it: mistral's is for all layers,
-    qwen's from ``max_window_layers`` on if ``use_sliding_window`` is set; ``layer_types`` goes
-    first; llama has none."""
-    window = int(config.get("sliding_window") or 0)
-    kind = config.get("model_type")
-    qwen = kind in ("qwen2", "qwen3")
-    if not window or (qwen and not config.get("use_sliding_window")):
-        return (0,) * layers
-    if types := config.get("layer_types"):
-        return tuple(window if t == "sliding_attention" else 0 for t in types)
-    first = {"mistral": 0, "qwen2": 28, "qwen3": 28}.get(str(kind), layers)
-    first = int(config.get("max_window_layers", first)) if qwen else first
-    return tuple(window if layer >= first else 0 for layer in range(layers))
 
 
 class Decoder:

@@ -23,45 +23,58 @@ _BLOCK = "model.layers.{i}."
 
 
 def names(
-    *, rope_rows: bool = False, qkv_bias: bool = False, o_bias: bool = False,
-    mlp_bias: bool = False, qk_norm: bool = False,
+    *, rope_rows: bool = False, qkv_bias: bool | str = False, o_bias: bool | str = False,
+    mlp_bias: bool | str = False, qk_norm: bool = False,
 ) -> tuple[Name, ...]:  # fmt: skip
-    """The tensors of a dense decoder. ``rope_rows``: Q and K are interleaved in GGUF."""
+    """The tensors of a dense decoder. ``rope_rows``: Q and K are interleaved in GGUF. A bias is
+    there always (``True``), never, or as the config key of that name says."""
     q: RowOrder = "rope_q" if rope_rows else "same"
     k: RowOrder = "rope_k" if rope_rows else "same"
-    table = [
-        Name("model.embed_tokens.weight", "token_embd.weight"),
-        Name("model.norm.weight", "output_norm.weight"),
-        Name("lm_head.weight", "output.weight"),
-        Name(_BLOCK + "input_layernorm.weight", "blk.{i}.attn_norm.weight"),
-        Name(_BLOCK + "post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight"),
-        Name(_BLOCK + "self_attn.q_proj.weight", "blk.{i}.attn_q.weight", q),
-        Name(_BLOCK + "self_attn.k_proj.weight", "blk.{i}.attn_k.weight", k),
-        Name(_BLOCK + "self_attn.v_proj.weight", "blk.{i}.attn_v.weight"),
-        Name(_BLOCK + "self_attn.o_proj.weight", "blk.{i}.attn_output.weight"),
-        Name(_BLOCK + "mlp.gate_proj.weight", "blk.{i}.ffn_gate.weight"),
-        Name(_BLOCK + "mlp.up_proj.weight", "blk.{i}.ffn_up.weight"),
-        Name(_BLOCK + "mlp.down_proj.weight", "blk.{i}.ffn_down.weight"),
+    norm, wide, narrow = ("hidden",), ("intermediate", "hidden"), ("hidden", "intermediate")
+    layer: list[tuple[Any, ...]] = [
+        ("input_layernorm.weight", "attn_norm.weight", norm),
+        ("post_attention_layernorm.weight", "ffn_norm.weight", norm),
+        ("self_attn.q_proj.weight", "attn_q.weight", ("q", "hidden"), q),
+        ("self_attn.k_proj.weight", "attn_k.weight", ("kv", "hidden"), k),
+        ("self_attn.v_proj.weight", "attn_v.weight", ("kv", "hidden")),
+        ("self_attn.o_proj.weight", "attn_output.weight", ("hidden", "q")),
+        ("mlp.gate_proj.weight", "ffn_gate.weight", wide),
+        ("mlp.up_proj.weight", "ffn_up.weight", wide),
+        ("mlp.down_proj.weight", "ffn_down.weight", narrow),
     ]
     if qkv_bias:
-        table += [
-            Name(_BLOCK + "self_attn.q_proj.bias", "blk.{i}.attn_q.bias", q),
-            Name(_BLOCK + "self_attn.k_proj.bias", "blk.{i}.attn_k.bias", k),
-            Name(_BLOCK + "self_attn.v_proj.bias", "blk.{i}.attn_v.bias"),
+        given = _given(qkv_bias)
+        layer += [
+            ("self_attn.q_proj.bias", "attn_q.bias", ("q",), q, given),
+            ("self_attn.k_proj.bias", "attn_k.bias", ("kv",), k, given),
+            ("self_attn.v_proj.bias", "attn_v.bias", ("kv",), "same", given),
         ]
     if o_bias:
-        table.append(Name(_BLOCK + "self_attn.o_proj.bias", "blk.{i}.attn_output.bias"))
+        given = _given(o_bias)
+        layer.append(("self_attn.o_proj.bias", "attn_output.bias", norm, "same", given))
     if mlp_bias:
-        table += [
-            Name(_BLOCK + f"mlp.{part}_proj.bias", f"blk.{{i}}.ffn_{part}.bias")
-            for part in ("gate", "up", "down")
-        ]
+        given = _given(mlp_bias)
+        for part, width in (("gate", "intermediate"), ("up", "intermediate"), ("down", "hidden")):
+            layer.append((f"mlp.{part}_proj.bias", f"ffn_{part}.bias", (width,), "same", given))
     if qk_norm:
-        table += [
-            Name(_BLOCK + "self_attn.q_norm.weight", "blk.{i}.attn_q_norm.weight"),
-            Name(_BLOCK + "self_attn.k_norm.weight", "blk.{i}.attn_k_norm.weight"),
+        layer += [
+            ("self_attn.q_norm.weight", "attn_q_norm.weight", ("head",)),
+            ("self_attn.k_norm.weight", "attn_k_norm.weight", ("head",)),
         ]
-    return tuple(table)
+    return (
+        Name("model.embed_tokens.weight", "token_embd.weight", ("vocab", "hidden")),
+        Name("model.norm.weight", "output_norm.weight", norm),
+        Name("lm_head.weight", "output.weight", ("vocab", "hidden"), present=_untied),
+        *(Name(_BLOCK + hf, "blk.{i}." + gguf, *rest) for hf, gguf, *rest in layer),
+    )
+
+
+def _given(bias: bool | str) -> Callable[[Config], bool]:
+    return lambda config: bool(config.get(bias)) if isinstance(bias, str) else bias
+
+
+def _untied(config: Config) -> bool:
+    return not config["tie_word_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,7 @@ class Dense:
             config_from_gguf=self.config_from_gguf,
             mlx_config=self.mlx_config,
             objections=self.objections,
+            window=self.window,
         )
 
     def gguf_metadata(self, config: Config) -> gv.Metadata:
@@ -100,14 +114,14 @@ class Dense:
         rope = rope_settings(config)
         values = {
             "block_count": gv.u32(config["num_hidden_layers"]),
-            "context_length": gv.u32(config.get("max_position_embeddings", 2048)),
+            "context_length": gv.u32(_context(config, self.window(config))),
             "embedding_length": gv.u32(config["hidden_size"]),
             "feed_forward_length": gv.u32(config["intermediate_size"]),
             "attention.head_count": gv.u32(config["num_attention_heads"]),
             "attention.head_count_kv": gv.u32(config["num_key_value_heads"]),
             "attention.key_length": gv.u32(head_dim),
             "attention.value_length": gv.u32(head_dim),
-            "attention.layer_norm_rms_epsilon": gv.f32(config.get("rms_norm_eps", 1e-6)),
+            "attention.layer_norm_rms_epsilon": gv.f32(config["rms_norm_eps"]),
             "vocab_size": gv.u32(config["vocab_size"]),
             "rope.dimension_count": gv.u32(rope.dims(head_dim)),
             "rope.freq_base": gv.f32(rope.theta),
@@ -197,7 +211,15 @@ class Dense:
         made |= {k: v for k, v in self.fixed.items() if k not in made}
         # mlx-lm runs every layer of these types with full attention.
         made.pop("layer_types", None)
+        if (window := self.window(config)) is not None:
+            made["max_position_embeddings"] = window
         return made | _both_styles(values)
+
+    def window(self, config: Config) -> int | None:
+        """The smallest sliding window of any layer, if the model's context is longer."""
+        windows = [w for w in layer_windows(config, config["num_hidden_layers"]) if w]
+        window = min(windows, default=None)
+        return window if window is not None and window < _context(config) else None
 
     def objections(self, config: Config, runtime: str) -> list[str]:
         """Why llama.cpp ("gguf") or mlx-lm ("mlx") would compute something else."""
@@ -215,10 +237,33 @@ class Dense:
             full = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
             if not full and not self.head_dim_free:
                 found.append(f"llama.cpp's {self.arch} needs heads that add up to the hidden size")
+        if rope.type == "yarn" and not rope.truncate:
+            found.append("the runtime cannot be told this yarn truncate: false")
         default = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
         if rope.type == "yarn" and not math.isclose(rope.attention_factor, default, rel_tol=1e-6):
             found.append("the runtime cannot be told this yarn attention_factor")
         return found
+
+
+def layer_windows(config: Config, layers: int) -> tuple[int, ...]:
+    """The sliding window of each layer, 0 for none, as transformers 5 applies it: mistral's is for
+    all layers, qwen's from ``max_window_layers`` on if ``use_sliding_window`` is set, unless
+    ``layer_types`` says which; llama has none. A config that is silent means 4096."""
+    kind = config.get("model_type")
+    qwen = kind in ("qwen2", "qwen3")
+    if not (kind == "mistral" or (qwen and config.get("use_sliding_window"))):
+        return (0,) * layers
+    window = int(config.get("sliding_window", 4096) or 0)
+    types = config.get("layer_types") if qwen else None
+    if types:
+        return tuple(window if t == "sliding_attention" else 0 for t in types)
+    first = int(config.get("max_window_layers", 28)) if qwen else 0
+    return tuple(window if layer >= first else 0 for layer in range(layers))
+
+
+def _context(config: Config, window: int | None = None) -> int:
+    context: int = config.get("max_position_embeddings") or 2048
+    return context if window is None else min(context, window)
 
 
 _YARN = {

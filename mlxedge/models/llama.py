@@ -6,7 +6,9 @@ SPEC = Dense(
     model_type="llama",
     architecture="LlamaForCausalLM",
     arch="llama",
-    names=names(rope_rows=True, qkv_bias=True, o_bias=True, mlp_bias=True),
+    names=names(
+        rope_rows=True, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"
+    ),
     fixed={"attention_bias": False, "mlp_bias": False},
     freq_factors=True,
 ).spec()

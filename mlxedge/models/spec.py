@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.gguf_values import GgufValue, Metadata
 
 if TYPE_CHECKING:
@@ -22,11 +24,30 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Name:
-    """One tensor in both worlds; ``{i}`` stands for the layer."""
+    """One tensor in both worlds; ``{i}`` stands for the layer.
+
+    ``shape`` is in terms of :func:`sizes`; ``present(config)`` tells whether a model of that
+    config has the tensor.
+    """
 
     hf: str
     gguf: str
+    shape: tuple[str, ...]
     rows: RowOrder = "same"
+    present: Callable[[Config], bool] = lambda config: True
+
+
+def sizes(config: Config) -> dict[str, int]:
+    """What the words in ``Name.shape`` stand for."""
+    head = config["head_dim"]
+    return {
+        "vocab": config["vocab_size"],
+        "hidden": config["hidden_size"],
+        "intermediate": config["intermediate_size"],
+        "head": head,
+        "q": head * config["num_attention_heads"],
+        "kv": head * config["num_key_value_heads"],
+    }
 
 
 @dataclass(frozen=True)
@@ -42,6 +63,8 @@ class ModelSpec:
     - ``mlx_config(config)``: the config.json that mlx-lm reads right.
     - ``objections(config, format)``: why the runtime of ``format`` ("gguf", "mlx") cannot compute
       this model, or nothing.
+    - ``window(config)``: up to how many tokens of context full attention, which is what llama.cpp
+      and mlx-lm have for this architecture, equals the model's own; ``None`` if always.
     """
 
     model_type: str
@@ -53,6 +76,7 @@ class ModelSpec:
     config_from_gguf: Callable[[Mapping[str, GgufValue], Mapping[str, np.ndarray]], Config]
     mlx_config: Callable[[Config], Config]
     objections: Callable[[Config, str], list[str]]
+    window: Callable[[Config], int | None]
     #: GGUF tensors that ``config_from_gguf`` consumes.
     gguf_only: tuple[str, ...] = ("rope_freqs.weight",)
     #: Source tensors that carry no weights (buffers) and are dropped.
@@ -80,8 +104,67 @@ class ModelSpec:
                 return name.hf.format(**match.groupdict()), name.rows
         return None
 
+    def expected(self, config: Config) -> dict[str, tuple[int, ...]]:
+        """Every tensor that a model of this config has, by Hugging Face name, with its shape."""
+        size = sizes(config)
+        found: dict[str, tuple[int, ...]] = {}
+        for name in self.names:
+            if name.present(config):
+                shape = tuple(size[word] for word in name.shape)
+                layers = config["num_hidden_layers"] if "{i}" in name.hf else 1
+                found |= {name.hf.format(i=i): shape for i in range(layers)}
+        return found
+
+    def check_tensors(
+        self, config: Config, shapes: Mapping[str, tuple[int, ...]], path: Path
+    ) -> None:
+        """Raise unless ``shapes``, by Hugging Face name, are those of the model that ``config``
+        describes: CorruptFileError where a tensor is missing or has another shape,
+        UnsupportedModelError where there are only tensors that the architecture does not have.
+        """
+        if config["num_hidden_layers"] > len(shapes):
+            raise CorruptFileError(
+                path,
+                f"num_hidden_layers is {config['num_hidden_layers']}, and the weights are only "
+                f"{len(shapes)} tensors",
+            )
+        expected = self.expected(config)
+        missing = [name for name in expected if name not in shapes]
+        unknown = [name for name in shapes if name not in expected]
+        wrong = [
+            f"{name} is {list(shapes[name])} and should be {list(shape)}"
+            for name, shape in expected.items()
+            if name in shapes and shapes[name] != shape
+        ]
+        problems = []
+        if missing:
+            problems.append(f"{_count(missing)} missing ({_some(missing)})")
+        if wrong:
+            problems.append(f"{_count(wrong)} of another shape ({_some(wrong)})")
+        if unknown:
+            problems.append(f"{_count(unknown)} not part of it ({_some(unknown)})")
+        if not problems:
+            return
+        what = (
+            f"the weights are not the {self.model_type} model of {config['num_hidden_layers']} "
+            f"layers that the config describes: {'; '.join(problems)}"
+        )
+        if missing or wrong:
+            raise CorruptFileError(path, what)
+        raise UnsupportedModelError(f"{path}: {what}")
+
     def is_ignored(self, hf_name: str) -> bool:
         return any(re.fullmatch(pattern, hf_name) for pattern in self.ignored)
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+
+
+def _some(names: list[str]) -> str:
+    # A hostile file may name its tensors at any length and with any character.
+    shown = ", ".join(n[:160] if n.isprintable() else ascii(n[:160]) for n in names[:3])
+    return shown + (", …" if len(names) > 3 else "")
 
 
 def _pattern(template: str) -> re.Pattern[str]:

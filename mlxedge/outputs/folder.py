@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlxedge.models.spec import ModelSpec
     from mlxedge.sources.checkpoint import Checkpoint
 
 TORCH_DTYPE = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -22,6 +23,16 @@ def clean_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     made = {k: v for k, v in config.items() if k not in _STORAGE_KEYS}
     # Both names: transformers 5 writes "dtype", everything older reads "torch_dtype".
     return made | {"dtype": TORCH_DTYPE[dtype], "torch_dtype": TORCH_DTYPE[dtype]}
+
+
+def window_notes(spec: ModelSpec, config: dict[str, Any], runtime: str) -> list[str]:
+    """What to say of a sliding window that ``runtime`` does not have."""
+    if (window := spec.window(config)) is None:
+        return []
+    return [
+        f"exact for contexts up to {window} tokens, which is what the file declares: {runtime} has "
+        "no sliding window for this architecture"
+    ]
 
 
 def common_files(checkpoint: Checkpoint) -> dict[str, bytes]:

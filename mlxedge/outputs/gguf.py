@@ -11,6 +11,7 @@ from mlxedge import gguf_values as gv
 from mlxedge.encodings import F32, Encoding
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.spec import ModelSpec
+from mlxedge.outputs.folder import window_notes
 from mlxedge.outputs.gguf_file import ALIGNMENT, header_bytes
 from mlxedge.plan import DataFile, OutputPlan, PlannedTensor, how_to_make, place_parts
 from mlxedge.recipes import llama_cpp
@@ -99,6 +100,7 @@ def plan_gguf(
         tuple((len(header) + at, chunk) for at, chunk in constants),
     )
     plan = OutputPlan(target, path, target.recipe.upper(), shifted, [data], {})
+    plan.notes += window_notes(spec, config, "llama.cpp")
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: llama.cpp can load but not tokenize")
     return plan

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.encodings import MLX_FLOAT, PLAIN, Affine, Encoding
 from mlxedge.models.spec import ModelSpec
-from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card
+from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card, window_notes
 from mlxedge.outputs.safetensors_file import lay_out
 from mlxedge.plan import CanTranscode, OutputPlan, PlannedTensor, how_to_make
 from mlxedge.targets import Target
@@ -52,7 +52,11 @@ def plan_mlx(
         "README.md": model_card(checkpoint, "mlx", "MLX weights", target.recipe),
     }
     label = quantized.name if quantized else dtype
-    return OutputPlan(target, path, label, layout.tensors, layout.files, files)
+    plan = OutputPlan(target, path, label, layout.tensors, layout.files, files)
+    plan.notes += window_notes(spec, config, "mlx-lm")
+    if checkpoint.tokenizer is None:
+        plan.notes.append("the source has no tokenizer: mlx-lm can load but not tokenize")
+    return plan
 
 
 def _encoding(target: Target, dtype: str) -> Affine | Encoding | None:

@@ -1,0 +1,268 @@
+"""A conversion starts only if the weights are the model that config.json describes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles.tiny import write_tiny_llama
+from safetensors.numpy import load_file, save_file
+
+from mlxedge.conversion import plan_conversion
+from mlxedge.errors import CorruptFileError, MlxedgeError, UnsupportedModelError, UsageError
+from mlxedge.models import known_model_types, normalise, spec_for
+from mlxedge.plan import Plan
+from mlxedge.sources import open_source
+from mlxedge.sources.checkpoint import Checkpoint
+from mlxedge.targets import parse_target
+
+Weights = dict[str, np.ndarray]
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FORMATS = ("gguf:q8_0", "mlx:4bit", "hf:f32")
+
+
+def tiny(folder: Path, change: Callable[[Weights], Any] = lambda w: None, **config: Any) -> Path:
+    """A small model whose weights ``change`` has changed, and ``config`` laid over its config."""
+    write_tiny_llama(folder, model_type=config.pop("model_type", "llama"))
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    values = json.loads(path.read_text("utf-8")) | config
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}), "utf-8")
+    return folder
+
+
+def plan(folder: Path, *targets: str, **options: Any) -> tuple[Plan, Checkpoint]:
+    with open_source(folder) as source:
+        return plan_conversion(
+            source, [parse_target(t) for t in targets], folder.parent / "out", **options
+        )
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize(
+    ("change", "config", "says"),
+    [
+        (lambda w: w.pop(K_PROJ), {}, f"1 tensor is missing .{K_PROJ}"),
+        (lambda w: None, {"num_hidden_layers": 3}, r"9 tensors are missing .*layers\.2\..*, …"),
+        (lambda w: None, {"num_hidden_layers": 500}, "num_hidden_layers is 500"),
+        (
+            lambda w: w.update({NORM: w[NORM][:-2]}),
+            {},
+            rf"{NORM} is \[254\] and should be \[256\]",
+        ),
+        (
+            lambda w: w.update({n.removeprefix("model."): w.pop(n) for n in list(w)}),
+            {},
+            r"20 tensors are missing .*20 tensors are not part of it \(embed_tokens",
+        ),
+        (lambda w: None, {"vocab_size": 511}, r"\[512, 256\] and should be \[511, 256\]"),
+        (lambda w: w.update({NORM: np.zeros(0, np.float32)}), {}, r"is \[0\] and should be"),
+        (lambda w: None, {"attention_bias": True}, r"missing .*q_proj\.bias"),
+        (lambda w: None, {"tie_word_embeddings": False}, f"missing .{HEAD}"),
+    ],
+    ids=[
+        "tensor missing", "layer missing", "layers far too many", "norm of another shape",
+        "no prefix", "vocabulary", "empty tensor", "biases missing", "head missing",
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_the_model_are_refused(
+    tmp_path: Path,
+    change: Callable[[Weights], Any],
+    config: dict[str, Any],
+    says: str,
+    target: str,
+) -> None:
+    folder = tiny(tmp_path / "tiny", change, **config)
+    with pytest.raises(CorruptFileError, match=says) as caught:
+        plan(folder, target)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize(
+    ("extra", "config"),
+    [("model.layers.0.self_attn.sinks", {}), (None, {"num_hidden_layers": 1})],
+    ids=["unknown", "layer too many"],
+)
+def test_tensors_beyond_the_model_are_refused(
+    tmp_path: Path, extra: str | None, config: dict[str, Any], target: str
+) -> None:
+    def change(weights: Weights) -> None:
+        if extra:
+            weights[extra] = np.ones(4, np.float32)
+
+    folder = tiny(tmp_path / "tiny", change, **config)
+    with pytest.raises(UnsupportedModelError, match="not part of it"):
+        plan(folder, target)
+
+
+@pytest.mark.parametrize("model_type", known_model_types())
+def test_expected_tensors_are_those_of_transformers(model_type: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 80,
+    }  # fmt: skip
+    if model_type == "llama":
+        settings |= {"attention_bias": True, "mlp_bias": True}
+    if model_type == "qwen2":
+        settings["head_dim"] = 16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    theirs = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    config = normalise({"model_type": model_type, **settings}, theirs)
+    assert spec_for(config).expected(config) == theirs
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_key_value_heads": "2"}, r"num_key_value_heads \('2'\)"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
+        ({"vocab_size": ...}, r"vocab_size \('absent'\)"),
+        ({"hidden_size": 256.0}, "hidden_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"head_dim": -64}, "head_dim"),
+        ({"head_dim": 63}, "odd"),
+        ({"head_dim": ..., "num_attention_heads": 6}, "does not divide into 6"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings"),
+        ({"rope_theta": "big"}, "rotary"),
+        ({"rope_scaling": "linear"}, "rotary"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "rotary"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rotary"),
+        ({"layer_types": 3}, "layer_types"),
+    ],
+)
+@pytest.mark.parametrize("target", FORMATS)
+def test_configs_that_make_no_sense_are_refused(
+    tmp_path: Path, config: dict[str, Any], says: str, target: str
+) -> None:
+    folder = tiny(tmp_path / "tiny", **config)
+    with pytest.raises(UnsupportedModelError, match=says):
+        plan(folder, target)
+
+
+@pytest.mark.parametrize("epsilon", [None, ...], ids=["null", "absent"])
+def test_an_epsilon_left_open_is_transformers_default(tmp_path: Path, epsilon: Any) -> None:
+    folder = tiny(tmp_path / "tiny", rms_norm_eps=epsilon)
+    made, _ = plan(folder, "mlx:f32", "hf:f32", "gguf:f32")
+    for output in made.outputs[:2]:
+        assert json.loads(output.files["config.json"])["rms_norm_eps"] == 1e-6
+
+
+@pytest.mark.parametrize("options", [{"backend": "cuda"}, {"dtype": "F16"}])
+def test_unknown_options_are_usage_errors(tmp_path: Path, options: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="choose from"):
+        plan(tiny(tmp_path / "tiny"), "mlx:4bit", **options)
+
+
+def test_a_second_copy_of_a_tied_head_is_dropped(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "tiny", lambda w: w.update({HEAD: w[TABLE].copy()}))
+    _, checkpoint = plan(folder, *FORMATS)
+    assert HEAD not in checkpoint.tensors
+    assert checkpoint.config["tie_word_embeddings"] is True
+
+
+def test_a_tied_head_that_differs_is_kept(tmp_path: Path) -> None:
+    def change(weights: Weights) -> None:
+        weights[HEAD] = weights[TABLE].copy()
+        weights[HEAD][-1, -1] += 1  # the last weight of all
+
+    folder = tiny(tmp_path / "tiny", change)
+    made, checkpoint = plan(folder, *FORMATS)
+    assert checkpoint.config["tie_word_embeddings"] is False
+    for output in made.outputs:
+        assert HEAD in [t.source for t in output.tensors]
+    assert json.loads(made.outputs[1].files["config.json"])["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 64}, 64),
+        ({"model_type": "mistral", "sliding_window": ..., "max_position_embeddings": 8192}, 4096),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral", "sliding_window": 2048}, None),
+        ({"model_type": "llama", "sliding_window": 64}, None),
+    ],
+)
+def test_no_context_beyond_the_window_is_declared(
+    tmp_path: Path, config: dict[str, Any], window: int | None
+) -> None:
+    made, checkpoint = plan(tiny(tmp_path / "tiny", **config), "gguf:f32", "mlx:f32", "hf:f32")
+    declared = window or checkpoint.config["max_position_embeddings"]
+    spec = spec_for(checkpoint.config)
+    assert spec.gguf_metadata(checkpoint.config)["llama.context_length"].value == declared
+    written = json.loads(made.outputs[1].files["config.json"])
+    assert written["max_position_embeddings"] == declared
+    said = ["up to" in " ".join(output.notes) for output in made.outputs]
+    assert said == [bool(window), bool(window), False]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("settings", "window"),
+    [
+        ({"use_sliding_window": False, "max_window_layers": 0}, None),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 64),
+        ({"use_sliding_window": True, "max_window_layers": 1}, 64),
+        ({"use_sliding_window": True, "max_window_layers": 2}, None),
+        ({"use_sliding_window": True}, None),  # from layer 28 on, and there are two
+        (
+            {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+            64,
+        ),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, None),
+    ],
+)
+def test_windows_of_qwen(model_type: str, settings: dict[str, Any], window: int | None) -> None:
+    config = normalise(
+        {
+            "model_type": model_type, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 80,
+            "max_position_embeddings": 512, "sliding_window": 64, **settings,
+        },
+        [],
+    )  # fmt: skip
+    assert spec_for(config).window(config) == window
+
+
+@pytest.mark.parametrize("target", ["gguf:f32", "mlx:f32"])
+def test_yarn_without_truncation_is_refused(tmp_path: Path, target: str) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    plan(tiny(tmp_path / "plain", rope_scaling=yarn), target)
+    folder = tiny(tmp_path / "tiny", rope_scaling=yarn | {"truncate": False})
+    with pytest.raises(UnsupportedModelError, match="truncate"):
+        plan(folder, target)
+    plan(folder, "hf:f32")
+
+
+def test_a_folder_without_a_tokenizer_is_said_to_lack_one(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "tiny")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    made, _ = plan(folder, "mlx:4bit", "gguf:q8_0")
+    assert all("no tokenizer" in " ".join(output.notes) for output in made.outputs)
+
+
+def test_hostile_tensor_names_stay_on_one_line(tmp_path: Path) -> None:
+    def change(weights: Weights) -> None:
+        weights["evil\n\x1b[31m" + "x" * 5000] = np.ones(4, np.float32)
+
+    with pytest.raises(MlxedgeError) as caught:
+        plan(tiny(tmp_path / "tiny", change), "gguf:q8_0")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
