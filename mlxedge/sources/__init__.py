@@ -32,6 +32,8 @@ def open_source(
     """
     path = Path(spec).expanduser()
     if spec and path.exists():
+        if revision is not None:
+            raise UsageError(f"{spec} is on this disk: a revision is for a Hub repository")
         return _open_path(path)
     from mlxedge.sources.hub import download, parse_spec
 
