@@ -53,7 +53,7 @@ def model_card(checkpoint: Checkpoint, library: str, what: str, recipe: str) -> 
         lines.append(f"license: {checkpoint.license}")
     if base:
         lines.append(f"base_model: {base}")
-    source = base or checkpoint.name
+    source = checkpoint.origin.repo or checkpoint.name
     if checkpoint.origin.revision:
         source += f" at revision {checkpoint.origin.revision}"
     lines += [

@@ -125,7 +125,7 @@ def _general(
     metadata: gv.Metadata = {
         "general.architecture": gv.string(spec.gguf_arch),
         "general.type": gv.string("model"),
-        "general.name": gv.string(re.sub(r"[-_]+", " ", checkpoint.name).strip()),
+        "general.name": gv.string(_title(checkpoint.name)),
         "general.size_label": gv.string(_size_label(parameters)),
     }
     if license_id := checkpoint.license:
@@ -134,7 +134,40 @@ def _general(
         url = f"https://huggingface.co/{checkpoint.origin.repo}"
         metadata["general.source.huggingface.repository"] = gv.string(checkpoint.origin.repo)
         metadata["general.source.repo_url"] = gv.string(url)
+    return metadata | _base_model(checkpoint) | _sampling(checkpoint.generation_config)
+
+
+def _base_model(checkpoint: Checkpoint) -> gv.Metadata:
+    """The model that the card names as the base, else the repository that this one is made from."""
+    base = checkpoint.base_model or checkpoint.origin.repo
+    organization, _, name = (base or "").partition("/")
+    if not name:
+        return {}
+    return {
+        "general.base_model.count": gv.u32(1),
+        "general.base_model.0.name": gv.string(_title(name)),
+        "general.base_model.0.organization": gv.string(_title(organization)),
+        "general.base_model.0.repo_url": gv.string(f"https://huggingface.co/{base}"),
+    }
+
+
+def _sampling(generation_config: dict[str, Any]) -> gv.Metadata:
+    """What llama.cpp samples with unless told otherwise; what is no number is left out."""
+    metadata: gv.Metadata = {}
+    value: Any
+    for key, name in (("temperature", "temp"), ("top_p", "top_p"), ("min_p", "min_p")):
+        value = generation_config.get(key)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and 0 <= value <= 100:
+            metadata[f"general.sampling.{name}"] = gv.f32(value)
+    top_k = generation_config.get("top_k")
+    if type(top_k) is int and 0 <= top_k < 1 << 31:
+        metadata["general.sampling.top_k"] = gv.GgufValue("i32", top_k)
     return metadata
+
+
+def _title(name: str) -> str:
+    return re.sub(r"[-_]+", " ", name).strip()
 
 
 def _size_label(parameters: int) -> str:

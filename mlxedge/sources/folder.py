@@ -218,13 +218,31 @@ def read_tokenizer(folder: Path) -> tuple[TokenizerSpec | None, list[Path]]:
 
 def read_license(folder: Path) -> str | None:
     """The licence identifier in the front matter of the model card, if there is one."""
+    found = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", _front_matter(folder), re.MULTILINE)
+    return found[1] if found else None
+
+
+def read_base_model(folder: Path) -> str | None:
+    """The Hub id that the front matter of the model card names as the base, or names first."""
+    found = _BASE_MODEL.search(_front_matter(folder))
+    return found[1] if found else None
+
+
+#: A value, or the first item of a list in either of YAML's styles.
+_BASE_MODEL = re.compile(
+    r"^base_model:[ \t]*(?:\[\s*|\n[ \t]*-[ \t]+)?[\"']?(?:https://huggingface\.co/)?"
+    r"([\w.-]+/[\w.-]+)[\"']?[ \t]*(?:[\],#]|$)",
+    re.MULTILINE,
+)
+
+
+def _front_matter(folder: Path) -> str:
     card = folder / MODEL_CARD
     if not card.is_file():
-        return None
+        return ""
     text = read_side_file(card).decode(errors="replace")
     front = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-    found = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None
+    return front[1] if front else ""
 
 
 def model_name(folder: Path) -> str:

@@ -69,6 +69,7 @@ def open_gguf(
         generation_config={},
         origin=Origin("gguf", path, (path,), repo, revision),
         license=_text(gguf, "general.license"),
+        base_model=_base_model(gguf),
         on_close=file.close,
     )
 
@@ -97,6 +98,12 @@ def _text(gguf: GgufFile, key: str) -> str | None:
         raise CorruptFileError(gguf.path, f"{key} must be a string, not {value.kind}")
     text: str = value.value
     return text
+
+
+def _base_model(gguf: GgufFile) -> str | None:
+    url = _text(gguf, "general.base_model.0.repo_url") or ""
+    found = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)", url)
+    return found[1] if found else None
 
 
 def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) -> dict[str, Any]:

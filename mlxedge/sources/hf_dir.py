@@ -61,6 +61,7 @@ def open_folder(
             revision=revision,
         ),
         license=common.read_license(folder),
+        base_model=common.read_base_model(folder),
         on_close=weights.close,
     )
 

@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from oracles.tiny import write_tiny_llama
 from safetensors.numpy import load_file, save_file
 
-from mlxedge.conversion import plan_conversion
+from mlxedge.conversion import convert, plan_conversion
 from mlxedge.errors import CorruptFileError, MlxedgeError, UnsupportedModelError, UsageError
 from mlxedge.models import known_model_types, normalise, spec_for
 from mlxedge.plan import Plan
 from mlxedge.sources import open_source
 from mlxedge.sources.checkpoint import Checkpoint
+from mlxedge.sources.folder import read_base_model
 from mlxedge.targets import parse_target
 
 Weights = dict[str, np.ndarray]
@@ -256,6 +258,48 @@ def test_a_folder_without_a_tokenizer_is_said_to_lack_one(tmp_path: Path) -> Non
         file.unlink()
     made, _ = plan(folder, "mlx:4bit", "gguf:q8_0")
     assert all("no tokenizer" in " ".join(output.notes) for output in made.outputs)
+
+
+def test_gguf_says_what_the_model_is_based_on_and_how_to_sample(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "tiny")
+    (folder / "README.md").write_text("---\nbase_model: some-org/Some-Model-1B\n---\n", "utf-8")
+    sampling = {"temperature": 0.5, "top_k": 20, "top_p": 0.75, "min_p": None}
+    (folder / "generation_config.json").write_text(json.dumps(sampling), "utf-8")
+    convert(folder, "gguf:f32", tmp_path / "tiny.gguf")
+    fields = gguf.GGUFReader(tmp_path / "tiny.gguf").fields
+    keys = gguf.Keys.General
+    said = {
+        keys.BASE_MODEL_COUNT: 1,
+        keys.BASE_MODEL_NAME.format(id=0): "Some Model 1B",
+        keys.BASE_MODEL_ORGANIZATION.format(id=0): "some org",
+        keys.BASE_MODEL_REPO_URL.format(id=0): "https://huggingface.co/some-org/Some-Model-1B",
+        keys.SAMPLING_TEMP: 0.5,
+        keys.SAMPLING_TOP_K: 20,
+        keys.SAMPLING_TOP_P: 0.75,
+    }
+    assert {key: fields[key].contents() for key in said} == said
+    assert keys.SAMPLING_MIN_P not in fields
+    with open_source(tmp_path / "tiny.gguf") as back:
+        assert back.base_model == "some-org/Some-Model-1B"
+
+
+@pytest.mark.parametrize(
+    ("text", "base"),
+    [
+        ("base_model: a/b", "a/b"),
+        ("base_model: 'a/b-1.5' # of old", "a/b-1.5"),
+        ("base_model:\n- a/b\n- c/d", "a/b"),
+        ("base_model:\n  - https://huggingface.co/a/b", "a/b"),
+        ("base_model: [a/b, c/d]", "a/b"),
+        ("base_model: nothing", None),
+        ("base_model: ../../etc/passwd", None),
+        ("base_model:\nlicense: a/b", None),
+        ("base_model_relation: a/b", None),
+    ],
+)
+def test_the_base_model_of_a_card(tmp_path: Path, text: str, base: str | None) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{text}\n---\nbase_model: x/y\n")
+    assert read_base_model(tmp_path) == base
 
 
 def test_hostile_tensor_names_stay_on_one_line(tmp_path: Path) -> None:
