@@ -2,6 +2,7 @@
 
     python benchmarks/encode_ggml.py                # every type
     python benchmarks/encode_ggml.py --types q4_k q6_k --repeats 9 --json
+    python benchmarks/encode_ggml.py --importance   # both sides with an importance matrix
 
 The C is ``ggml_quantize_chunk`` of the ``xllamacpp`` wheel (pip install 'mlxedge[test]'). The two
 take turns; the figures are medians over the rounds. The first call of an encoder, which compiles
@@ -35,18 +36,20 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(name: str, weights: np.ndarray, repeats: int) -> dict[str, object]:
+def measure(
+    name: str, weights: np.ndarray, repeats: int, importance: np.ndarray | None
+) -> dict[str, object]:
     """Million weights a second of ours and of ggml's C, medians of ``repeats`` rounds."""
     rows, cols = weights.shape
     ours = np.zeros((rows, GGML[name].nbytes((cols,))), np.uint8)
     theirs = np.zeros_like(ours)
-    first = seconds(lambda: ENCODERS[name](weights[:1], ours[:1]))
-    ENCODERS[name](weights, ours)
-    ggml.quantize(name, weights, theirs)
+    first = seconds(lambda: ENCODERS[name](weights[:1], ours[:1], importance))
+    ENCODERS[name](weights, ours, importance)
+    ggml.quantize(name, weights, theirs, importance)
     rounds = [
         (
-            seconds(lambda: ENCODERS[name](weights, ours)),
-            seconds(lambda: ggml.quantize(name, weights, theirs)),
+            seconds(lambda: ENCODERS[name](weights, ours, importance)),
+            seconds(lambda: ggml.quantize(name, weights, theirs, importance)),
         )
         for _ in range(repeats)
     ]
@@ -69,16 +72,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--cols", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--importance", action="store_true", help="give both an importance matrix")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
 
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((options.rows, options.cols), np.float32)
-    results = [measure(name, weights, options.repeats) for name in options.types]
+    importance = rng.random(options.cols, np.float32) if options.importance else None
+    results = [measure(name, weights, options.repeats, importance) for name in options.types]
     if options.json:
-        print(json.dumps({"shape": weights.shape, "results": results, "host": host()}))
+        record = {"shape": weights.shape, "importance": options.importance}
+        print(json.dumps({**record, "results": results, "host": host()}))
         return
-    print(f"{options.rows} x {options.cols} normal weights, one thread, million weights a second")
+    given = ", importance given" if options.importance else ""
+    print(
+        f"{options.rows} x {options.cols} normal weights{given}, one thread, "
+        "million weights a second"
+    )
     print(f"{'type':6}{'ours':>9}{'ggml':>9}{'ratio':>8}{'bytes differ':>14}{'first call':>12}")
     for r in results:
         print(

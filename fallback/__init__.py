@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.encodings import Affine, Encoding, GgmlBlock, MlxFloat, Plain
 from mlxedge.errors import UnsupportedEncodingError, UsageError
+from mlxedge.ops import check_importance
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mlxedge.ops import Parts
 
-#: The modules with ``encode(weights, encoding)`` and ``decode(parts, encoding)``.
+#: The modules with ``encode(weights, encoding)`` and ``decode(parts, encoding)``; that of ggml's
+#: blocks takes importance too.
 _MODULES: dict[type[Encoding], str] = {
     Plain: "plain",
     GgmlBlock: "ggml",
@@ -34,11 +36,15 @@ class NumpyOps:
     name = "numpy"
     parallel = True
 
-    def encode(self, weights: np.ndarray, encoding: Encoding) -> Parts:
+    def encode(
+        self, weights: np.ndarray, encoding: Encoding, importance: np.ndarray | None = None
+    ) -> Parts:
         """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16, any strides) row by row.
 
+        ``importance``: f32 ``[cols]``, see ``mlxedge.ops.Ops``; ggml's blocks heed it.
+
         Raises UnsupportedEncodingError if ``cols`` is not a multiple of ``encoding.block`` or the
-        encoding can only be read, UsageError for other dtypes and ranks.
+        encoding can only be read, UsageError for other dtypes, ranks and importance.
         """
         module = _module(encoding)
         if weights.ndim != 2:
@@ -50,9 +56,16 @@ class NumpyOps:
                 f"rows of {weights.shape[1]} weights cannot be {encoding}: "
                 f"they must be a multiple of {encoding.block}"
             )
+        if importance is not None:
+            check_importance(importance, weights.shape[1])
         import numpy as np
 
-        made: Parts = module.encode(np.ascontiguousarray(weights), encoding)
+        weights = np.ascontiguousarray(weights)
+        made: Parts
+        if isinstance(encoding, GgmlBlock):
+            made = module.encode(weights, encoding, importance)
+        else:
+            made = module.encode(weights, encoding)
         return made
 
     def decode(self, parts: Parts, encoding: Encoding) -> np.ndarray:

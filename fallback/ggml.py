@@ -14,8 +14,11 @@ from mlxedge.ops import Parts
 _CHUNK = 1 << 18
 
 
-def encode(weights: np.ndarray, encoding: GgmlBlock) -> Parts:
-    """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16, C order)."""
+def encode(weights: np.ndarray, encoding: GgmlBlock, importance: np.ndarray | None = None) -> Parts:
+    """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16, C order).
+
+    ``importance``: how much errors in each column count, f32 ``[cols]``.
+    """
     from mlxedge.fallback.ggml_encode import ENCODERS
 
     encoder = ENCODERS.get(encoding.name)
@@ -29,7 +32,7 @@ def encode(weights: np.ndarray, encoding: GgmlBlock) -> Parts:
     step = rows if weights.dtype == np.float32 else max(1, _CHUNK // max(1, weights.shape[1]))
     for start in range(0, rows, step or 1):
         piece = slice(start, start + step)
-        encoder(cast(weights[piece], "f32"), out[piece])
+        encoder(cast(weights[piece], "f32"), out[piece], importance)
     return {"weight": out}
 
 

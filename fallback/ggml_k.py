@@ -47,6 +47,7 @@ from mlxedge.fallback.lanes import (
 BLOCK = 256
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
+_FOUR = np.float32(4.0)
 _MAGIC = np.float32(12582912.0)
 
 
@@ -57,12 +58,19 @@ def nearest_int(value: Any) -> Any:
 
 
 @inline
-def _affine_codes(x: Any, d: Any, m: Any, found: Any, lane: Any, top: Any) -> Any:
-    """Codes of 16 weights of sub-block ``lane`` for x = d · code - m, or as the search left them
-    if the scale ``d`` is zero."""
+def _affine_codes(x: Any, d: Any, m: Any, inverse: Any, offset: Any, top: Any) -> Any:
+    """Codes of 16 weights for x = d · code - m, or as the search left them if ``d`` is zero."""
     if d != _ZERO:
         return nearest_code((x + m) / d, 0, top)
-    return nearest_code(found[INVERSE + lane] * (x - found[OFFSET + lane]), 0, top)
+    return nearest_code(inverse * (x - offset), 0, top)
+
+
+@inline
+def symmetric_codes(x: Any, inverse: Any, largest: Any, top: Any) -> Any:
+    """Codes of 16 weights, 0…2·top - 1, as a symmetric search left them."""
+    if largest < TINY:
+        return spread_int(0)
+    return nearest_code(inverse * x, -top, top - 1) + top
 
 
 @inner
@@ -124,6 +132,76 @@ def _put_scales_6bit(found: Any, lane: Any, out: Any, at: Any, steps: Any) -> No
             out[scales + j] |= (m >> 4) << 6
 
 
+@inner
+def put_q4_k(
+    x: Any, start: Any, steps: Any, found: Any, inverse: Any, offset: Any, out: Any, at: Any
+) -> None:
+    """Write the codes of the Q4_K block that begins at ``x[start]``, for scales already written.
+
+    ``steps``: 8 scales, then 8 minimums, as stored. ``inverse`` and ``offset`` say where in
+    ``found`` the search left those of the 8 sub-blocks.
+    """
+    for pair in range(4):
+        j = 2 * pair
+        base = start + 32 * j
+        a, b = inverse + j, offset + j
+        for i in range(0, 32, 16):
+            low = _affine_codes(load(x, base + i), steps[j], steps[8 + j], found[a], found[b], 15)
+            high = _affine_codes(
+                load(x, base + 32 + i), steps[j + 1], steps[9 + j], found[a + 1], found[b + 1], 15
+            )
+            store_bytes(out, at + 16 + 32 * pair + i, low | high << 4)
+
+
+@inner
+def put_q5_k(
+    x: Any, start: Any, steps: Any, found: Any, inverse: Any, offset: Any, out: Any, at: Any
+) -> None:
+    """As :func:`put_q4_k`, of a Q5_K block."""
+    for i in range(0, 32, 16):
+        fifth = spread_int(0)
+        for pair in range(4):
+            j = 2 * pair
+            base = start + 32 * j + i
+            a, b = inverse + j, offset + j
+            low = _affine_codes(load(x, base), steps[j], steps[8 + j], found[a], found[b], 31)
+            high = _affine_codes(
+                load(x, base + 32), steps[j + 1], steps[9 + j], found[a + 1], found[b + 1], 31
+            )
+            fifth = fifth | low >> 4 << j | high >> 4 << (j + 1)
+            store_bytes(out, at + 48 + 32 * pair + i, low & 15 | (high & 15) << 4)
+        store_bytes(out, at + 16 + i, fifth)
+
+
+@inner
+def put_q2_k(
+    x: Any,
+    start: Any,
+    d: Any,
+    dmin: Any,
+    found: Any,
+    inverse: Any,
+    offset: Any,
+    out: Any,
+    at: Any,
+) -> None:
+    """As :func:`put_q4_k`, of a Q2_K block, whose scales and minimums are read from ``out``."""
+    for part in range(4):
+        # 32 bytes hold 128 weights: sub-blocks 0, 2, 4, 6 in the first 16, the odd ones after.
+        sub = 8 * (part // 2) + part % 2
+        packed = spread_int(0)
+        for j in range(4):
+            lane = sub + 2 * j
+            s = np.float32(out[at + lane] & 15)
+            m = np.float32(out[at + lane] >> 4)
+            weights = load(x, start + 16 * lane)
+            codes = _affine_codes(
+                weights, d * s, dmin * m, found[inverse + lane], found[offset + lane], 3
+            )
+            packed = packed | codes << (2 * j)
+        store_bytes(out, at + 16 + 16 * part, packed)
+
+
 @kernel
 def encode_q4_k(x: Any, out: Any) -> None:
     tile = np.empty(32 * LANES, np.float32)
@@ -144,17 +222,7 @@ def encode_q4_k(x: Any, out: Any) -> None:
         for b in range(count):
             at = 144 * (first + b)
             _put_scales_6bit(found, 8 * b, out, at, steps)
-            for pair in range(4):
-                j = 2 * pair
-                base = start + BLOCK * b + 32 * j
-                for i in range(0, 32, 16):
-                    low = _affine_codes(
-                        load(x, base + i), steps[j], steps[8 + j], found, 8 * b + j, 15
-                    )
-                    high = _affine_codes(
-                        load(x, base + 32 + i), steps[j + 1], steps[9 + j], found, 8 * b + j + 1, 15
-                    )
-                    store_bytes(out, at + 16 + 32 * pair + i, low | high << 4)
+            put_q4_k(x, start + BLOCK * b, steps, found, INVERSE + 8 * b, OFFSET + 8 * b, out, at)
 
 
 @kernel
@@ -177,18 +245,7 @@ def encode_q5_k(x: Any, out: Any) -> None:
         for b in range(count):
             at = 176 * (first + b)
             _put_scales_6bit(found, 8 * b, out, at, steps)
-            for i in range(0, 32, 16):
-                fifth = spread_int(0)
-                for pair in range(4):
-                    j = 2 * pair
-                    base = start + BLOCK * b + 32 * j + i
-                    low = _affine_codes(load(x, base), steps[j], steps[8 + j], found, 8 * b + j, 31)
-                    high = _affine_codes(
-                        load(x, base + 32), steps[j + 1], steps[9 + j], found, 8 * b + j + 1, 31
-                    )
-                    fifth = fifth | low >> 4 << j | high >> 4 << (j + 1)
-                    store_bytes(out, at + 48 + 32 * pair + i, low & 15 | (high & 15) << 4)
-                store_bytes(out, at + 16 + i, fifth)
+            put_q5_k(x, start + BLOCK * b, steps, found, INVERSE + 8 * b, OFFSET + 8 * b, out, at)
 
 
 @kernel
@@ -217,17 +274,7 @@ def encode_q2_k(x: Any, out: Any) -> None:
             out[at + j] = (s | m << 4) & 0xFF
         d = put_half(out, at + 80, max_scale / limit)
         dmin = put_half(out, at + 82, max_min / limit)
-        for part in range(4):
-            # 32 bytes hold 128 weights: sub-blocks 0, 2, 4, 6 in the first 16, the odd ones after.
-            sub = 8 * (part // 2) + part % 2
-            packed = spread_int(0)
-            for j in range(4):
-                lane = sub + 2 * j
-                s = np.float32(out[at + lane] & 15)
-                m = np.float32(out[at + lane] >> 4)
-                codes = _affine_codes(load(x, start + 16 * lane), d * s, dmin * m, found, lane, 3)
-                packed = packed | codes << (2 * j)
-            store_bytes(out, at + 16 + 16 * part, packed)
+        put_q2_k(x, start, d, dmin, found, INVERSE, OFFSET, out, at)
 
 
 @inner
@@ -243,6 +290,26 @@ def _signed_largest_scale(found: Any) -> Any:
     return extreme
 
 
+@inner
+def put_q3_k(x: Any, start: Any, steps: Any, spare: Any, out: Any, at: Any) -> None:
+    """Write the codes of the Q3_K block that begins at ``x[start]``, for 16 scales ``steps`` as
+    stored. ``spare`` has the codes of sub-block k from ``16 · k`` on, if its scale is zero."""
+    for side in range(2):
+        top = spread_int(0)
+        for part in range(2):
+            packed = spread_int(0)
+            for j in range(4):
+                lane = 8 * part + 2 * j + side
+                if steps[lane] != _ZERO:
+                    code = nearest_code(load(x, start + 16 * lane) / steps[lane], -4, 3) + 4
+                else:
+                    code = nearest_code(load(spare, 16 * lane), 0, 7)
+                packed = packed | (code & 3) << (2 * j)
+                top = top | code >> 2 << (4 * part + j)
+            store_bytes(out, at + 32 + 32 * part + 16 * side, packed)
+        store_bytes(out, at + 16 * side, top)
+
+
 @kernel
 def encode_q3_k(x: Any, out: Any) -> None:
     tile = np.empty(16 * LANES, np.float32)
@@ -250,7 +317,7 @@ def encode_q3_k(x: Any, out: Any) -> None:
     cubes = np.empty(16 * LANES, np.float32)
     levels = np.empty(16 * LANES, np.float32)
     found = np.empty(4 * LANES, np.float32)
-    codes = np.empty(16, np.float32)
+    spare = np.empty(16 * LANES, np.float32)
     steps = np.empty(16, np.float32)
     for block in range(x.size // BLOCK):
         start = BLOCK * block
@@ -274,24 +341,12 @@ def encode_q3_k(x: Any, out: Any) -> None:
                 out[scales + 8 + j % 4] |= (s + 32 >> 4) << (2 * (j // 4))
             steps[j] = d * np.float32(s)
 
-        for side in range(2):
-            top = spread_int(0)
-            for part in range(2):
-                packed = spread_int(0)
-                for j in range(4):
-                    lane = 8 * part + 2 * j + side
-                    if steps[lane] != _ZERO:
-                        code = nearest_code(load(x, start + 16 * lane) / steps[lane], -4, 3) + 4
-                    elif found[LARGEST + lane] < TINY:
-                        code = spread_int(0)
-                    else:
-                        for i in range(16):
-                            codes[i] = levels[LANES * i + lane]
-                        code = nearest_code(load(codes, 0), -4, 3) + 4
-                    packed = packed | (code & 3) << (2 * j)
-                    top = top | code >> 2 << (4 * part + j)
-                store_bytes(out, at + 32 + 32 * part + 16 * side, packed)
-            store_bytes(out, at + 16 * side, top)
+        for lane in range(16):
+            if steps[lane] == _ZERO:
+                zero = found[LARGEST + lane] < TINY
+                for i in range(16):
+                    spare[16 * lane + i] = _ZERO if zero else levels[LANES * i + lane] + _FOUR
+        put_q3_k(x, start, steps, spare, out, at)
 
 
 @inline
@@ -300,9 +355,32 @@ def _q6_codes(x: Any, start: Any, steps: Any, found: Any, lane: Any) -> Any:
     weights = load(x, start + 16 * lane)
     if steps[lane] != _ZERO:
         return nearest_code(weights / steps[lane], -32, 31) + 32
-    if found[LARGEST + lane] < TINY:
-        return spread_int(0)
-    return nearest_code(found[INVERSE + lane] * weights, -32, 31) + 32
+    return symmetric_codes(weights, found[INVERSE + lane], found[LARGEST + lane], 32)
+
+
+@inner
+def put_q6_k(x: Any, start: Any, steps: Any, found: Any, out: Any, at: Any) -> None:
+    """Write the Q6_K block that begins at ``x[start]``, from what the search found."""
+    extreme = _signed_largest_scale(found)
+    if abs(extreme) < TINY:
+        out[at : at + 210] = 0
+        return
+    inverse = np.float32(-128.0) / extreme
+    d = put_half(out, at + 208, _ONE / inverse)
+    for j in range(16):
+        s = min(127, nearest_int(inverse * found[SCALE + j])) & 0xFF
+        out[at + 192 + j] = s
+        steps[j] = d * np.float32(s - 256 if s > 127 else s)
+    for part in range(2):
+        for side in range(2):
+            top = spread_int(0)
+            for j in range(2):
+                lane = 8 * part + 2 * j + side
+                low = _q6_codes(x, start, steps, found, lane)
+                high = _q6_codes(x, start, steps, found, lane + 4)
+                store_bytes(out, at + 64 * part + 32 * j + 16 * side, low & 15 | high << 4)
+                top = top | low >> 4 << (2 * j) | high >> 4 << (2 * j + 4)
+            store_bytes(out, at + 128 + 32 * part + 16 * side, top)
 
 
 @kernel
@@ -314,27 +392,7 @@ def encode_q6_k(x: Any, out: Any) -> None:
     steps = np.empty(16, np.float32)
     for block in range(x.size // BLOCK):
         start = BLOCK * block
-        at = 210 * block
         transpose(x, start, 16, 16, tile, 0)
         _weigh_powers(tile, squares, cubes)
         search_symmetric(tile, squares, cubes, 16, 32, found)
-        extreme = _signed_largest_scale(found)
-        if abs(extreme) < TINY:
-            out[at : at + 210] = 0
-            continue
-        inverse = np.float32(-128.0) / extreme
-        d = put_half(out, at + 208, _ONE / inverse)
-        for j in range(16):
-            s = min(127, nearest_int(inverse * found[SCALE + j])) & 0xFF
-            out[at + 192 + j] = s
-            steps[j] = d * np.float32(s - 256 if s > 127 else s)
-        for part in range(2):
-            for side in range(2):
-                top = spread_int(0)
-                for j in range(2):
-                    lane = 8 * part + 2 * j + side
-                    low = _q6_codes(x, start, steps, found, lane)
-                    high = _q6_codes(x, start, steps, found, lane + 4)
-                    store_bytes(out, at + 64 * part + 32 * j + 16 * side, low & 15 | high << 4)
-                    top = top | low >> 4 << (2 * j) | high >> 4 << (2 * j + 4)
-                store_bytes(out, at + 128 + 32 * part + 16 * side, top)
+        put_q6_k(x, start, steps, found, out, 210 * block)

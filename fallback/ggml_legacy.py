@@ -90,7 +90,7 @@ def _code(value: Any) -> Any:
 
 
 @inline
-def _put_fifth_bits(out: Any, at: Any, low: Any, high: Any) -> None:
+def put_fifth_bits(out: Any, at: Any, low: Any, high: Any) -> None:
     bits = lanes_set(low > 15) | lanes_set(high > 15) << 16
     for i in range(4):
         out[at + i] = (bits >> (8 * i)) & 0xFF
@@ -139,7 +139,7 @@ def encode_q5_0(x: Any, out: Any) -> None:
         put_half(out, at, d)
         low = smaller(_code(a * inverse + middle), 31)
         high = smaller(_code(b * inverse + middle), 31)
-        _put_fifth_bits(out, at + 2, low, high)
+        put_fifth_bits(out, at + 2, low, high)
         store_bytes(out, at + 6, low & 15 | (high & 15) << 4)
 
 
@@ -156,7 +156,7 @@ def encode_q5_1(x: Any, out: Any) -> None:
         put_half(out, at + 2, least)
         low = _code((a - least) * inverse + _HALF)
         high = _code((b - least) * inverse + _HALF)
-        _put_fifth_bits(out, at + 4, low, high)
+        put_fifth_bits(out, at + 4, low, high)
         store_bytes(out, at + 8, low & 15 | (high & 15) << 4)
 
 

@@ -1,6 +1,7 @@
 """The searches inside ggml's K-quants, sixteen sub-blocks at a time.
 
-``make_qkx2_quants``, ``make_qx_quants`` and ``make_q3_quants`` of ggml-quants.c (llama.cpp as
+``make_qkx2_quants`` (and ``make_qkx3_quants``, the same search with weights given),
+``make_qx_quants``, ``make_q3_quants`` and ``make_qp_quants`` of ggml-quants.c (llama.cpp as
 vendored by llama-cpp-python 0.3.36), every sum in the same order. A tile is float32 ``[n, 16]``,
 flat: weight i of sub-block k is ``tile[16·i + k]``.
 
@@ -19,6 +20,8 @@ from mlxedge.fallback.lanes import (
     LANES,
     absolute,
     any_lane,
+    as_bits,
+    as_float,
     inline,
     inner,
     load,
@@ -31,6 +34,11 @@ from mlxedge.fallback.lanes import (
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 _TENTH = np.float32(0.1)
+_MAGIC = np.float32(12582912.0)
+_MAGIC_BITS = 0x4B400000
+_SIGN = -0x80000000
+#: What ``nearest_int`` can give.
+_LEAST_INT, _GREATEST_INT = -0x400000, 0x3FFFFF
 
 #: Sub-blocks with no weight above this are zero (GROUP_MAX_EPS).
 TINY = np.float32(1e-15)
@@ -119,7 +127,7 @@ def search_affine(
         low = where(better, trial_low, low)
 
     store(found, SCALE, scale)
-    store(found, MINIMUM, _ZERO - low)
+    store(found, MINIMUM, as_float(as_bits(low) ^ _SIGN))
     store(found, INVERSE, best_inverse)
     store(found, OFFSET, best_offset)
 
@@ -141,7 +149,7 @@ def signed_largest(tile: Any, n: Any, found: Any) -> Any:
 
 @inline
 def _fit(tile: Any, squares: Any, cubes: Any, n: Any, top: Any, inverse: Any) -> Any:
-    """Σ x³ · level and Σ x² · level² for the levels that ``inverse`` gives."""
+    """Σ w · x · level and Σ w · level² for the levels that ``inverse`` gives."""
     sum_xl = spread(_ZERO)
     sum_ll = spread(_ZERO)
     for i in range(n):
@@ -153,9 +161,10 @@ def _fit(tile: Any, squares: Any, cubes: Any, n: Any, top: Any, inverse: Any) ->
 
 @inner
 def search_symmetric(tile: Any, squares: Any, cubes: Any, n: Any, top: Any, found: Any) -> None:
-    """``make_qx_quants`` weighted by x²: x ≈ scale · level with levels -top…top-1.
+    """``make_qx_quants``: x ≈ scale · level with levels -top…top-1.
 
-    ``squares`` and ``cubes`` hold x·x and (x·x)·x. Trials use the inverse scales
+    ``squares`` and ``cubes`` hold the weights of the errors w and w·x; without an importance
+    matrix w is x·x, whence the names. Trials use the inverse scales
     -(top + 0.1 · t) / extreme, t = 0, then ±1…±9. Fills SCALE, INVERSE and LARGEST.
     """
     extreme = signed_largest(tile, n, found)
@@ -220,3 +229,82 @@ def search_descent(
             break
     scale = where(sum_ll > _ZERO, sum_xl / sum_ll, spread(_ZERO))
     store(found, SCALE, where(load(found, LARGEST) < TINY, spread(_ZERO), scale))
+
+
+@inline
+def _byte(level: Any) -> Any:
+    """Integers, as float lanes, modulo 256: what a C ``uint8_t`` keeps of them."""
+    return as_float((as_bits(level + _MAGIC) & 0xFF) | _MAGIC_BITS) - _MAGIC
+
+
+@inner
+def search_positive(tile: Any, weights: Any, levels: Any, n: Any, top: Any) -> Any:
+    """``make_qp_quants``: x ≈ scale · level with levels 0…top. Returns the scale.
+
+    Trials use the inverse scales (top + 0.1 · t) / max, t = 0, then ±1…±4; up to five sweeps of
+    coordinate descent follow. A negative x gives a level that wraps to a large byte; where ggml
+    sums, some levels have wrapped and others have not.
+    """
+    most = spread(_ZERO)
+    for i in range(n):
+        x = load(tile, LANES * i)
+        most = where(most > x, most, x)
+    width = np.float32(top)
+    inverse = width / most
+    scale = _ONE / inverse
+    error = spread(_ZERO)
+    for i in range(n):
+        x = load(tile, LANES * i)
+        difference = x - scale * _byte(nearest(inverse * x, _LEAST_INT, _GREATEST_INT))
+        error = error + load(weights, LANES * i) * difference * difference
+    for trial in range(-4, 5):
+        if trial == 0:
+            continue
+        trial_inverse = (_TENTH * np.float32(trial) + width) / most
+        trial_scale = _ONE / trial_inverse
+        trial_error = spread(_ZERO)
+        for i in range(n):
+            x = load(tile, LANES * i)
+            difference = x - trial_scale * nearest(trial_inverse * x, _LEAST_INT, top)
+            trial_error = trial_error + load(weights, LANES * i) * difference * difference
+        better = trial_error < error
+        error = where(better, trial_error, error)
+        inverse = where(better, trial_inverse, inverse)
+
+    sum_xl = spread(_ZERO)
+    sum_ll = spread(_ZERO)
+    for i in range(n):
+        x = load(tile, LANES * i)
+        w = load(weights, LANES * i)
+        level = nearest(inverse * x, _LEAST_INT, top)
+        store(levels, LANES * i, _byte(level))
+        sum_xl = sum_xl + w * x * level
+        sum_ll = sum_ll + w * level * level
+    for _ in range(5):
+        changed = spread(_ZERO) > _ZERO
+        for i in range(n):
+            x = load(tile, LANES * i)
+            w = load(weights, LANES * i)
+            level = load(levels, LANES * i)
+            rest_xl = sum_xl - w * x * level
+            rest_ll = sum_ll - w * level * level
+            other = nearest(x * rest_ll / rest_xl, _LEAST_INT, top)
+            other_xl = rest_xl + w * x * other
+            other_ll = rest_ll + w * other * other
+            better = (
+                (rest_xl > _ZERO)
+                & (rest_ll > _ZERO)
+                & (other != level)
+                & (other_xl * other_xl * sum_ll > sum_xl * sum_xl * other_ll)
+            )
+            store(levels, LANES * i, where(better, _byte(other), level))
+            sum_xl = where(better, other_xl, sum_xl)
+            sum_ll = where(better, other_ll, sum_ll)
+            changed = changed | better
+        if not any_lane(changed):
+            break
+    zero = most < TINY
+    for i in range(n):
+        store(levels, LANES * i, where(zero, spread(_ZERO), load(levels, LANES * i)))
+    scale = where(sum_ll > _ZERO, sum_xl / sum_ll, spread(_ZERO))
+    return where(zero, spread(_ZERO), scale)

@@ -125,6 +125,7 @@ _OPERATORS: list[tuple[Callable[..., Any], Lanes, Lanes, Callable[..., ir.Value]
     (operator.ne, F32, MASK, lambda b, x, y: b.fcmp_unordered("!=", x, y)),
     (operator.add, I32, I32, ir.IRBuilder.add),
     (operator.sub, I32, I32, ir.IRBuilder.sub),
+    (operator.mul, I32, I32, ir.IRBuilder.mul),
     (operator.and_, I32, I32, ir.IRBuilder.and_),
     (operator.or_, I32, I32, ir.IRBuilder.or_),
     (operator.xor, I32, I32, ir.IRBuilder.xor),

@@ -32,11 +32,17 @@ class Ops(Protocol):
     #: Whether several threads may call at once.
     parallel: bool
 
-    def encode(self, weights: np.ndarray, encoding: Encoding) -> Parts:
+    def encode(
+        self, weights: np.ndarray, encoding: Encoding, importance: np.ndarray | None = None
+    ) -> Parts:
         """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16) row by row.
 
-        Raises UnsupportedEncodingError if the encoding has no encoder. ``cols`` must be a multiple
-        of ``encoding.block``. Rows are independent: encoding a slice of rows gives the same slice.
+        ``importance``, f32 ``[cols]``, finite and not negative: how much errors in each column
+        count. Encodings that have no use for it ignore it.
+
+        Raises UnsupportedEncodingError if this backend has no encoder for the encoding, or none
+        that heeds importance: the fallback then may. ``cols`` must be a multiple of
+        ``encoding.block``. Rows are independent: encoding a slice of rows gives the same slice.
         """
 
     def decode(self, parts: Parts, encoding: Encoding) -> np.ndarray:
@@ -54,6 +60,17 @@ class ReferenceOps(Ops, Protocol):
 
     def first_nonfinite(self, weights: np.ndarray) -> int | None:
         """The flat index of the first NaN or infinity in f32, f16 or bf16 ``weights``."""
+
+
+def check_importance(importance: np.ndarray, cols: int) -> None:
+    """Raise UsageError unless ``importance`` is f32 ``[cols]``, finite and not negative."""
+    if str(importance.dtype) != "float32" or importance.shape != (cols,):
+        raise UsageError(
+            f"importance is {importance.dtype} {list(importance.shape)}: "
+            f"encode takes f32, one for each of the {cols} columns"
+        )
+    if importance.size and not 0.0 <= importance.min() <= importance.max() < float("inf"):
+        raise UsageError("importance must be finite and not negative")
 
 
 def default_backend() -> str:

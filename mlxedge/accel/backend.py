@@ -13,7 +13,7 @@ from mlxedge.accel.casts import DTYPES, dtype_name, load_f32, store_as, to_mlx
 from mlxedge.accel.k_search import KSearch
 from mlxedge.encodings import Affine, Encoding, GgmlBlock, MlxFloat, Plain
 from mlxedge.errors import UnsupportedEncodingError, UsageError
-from mlxedge.ops import Parts
+from mlxedge.ops import Parts, check_importance
 
 #: Weights in one evaluation: few enough that a GPU's watchdog stays calm and that the dozen
 #: temporaries of a search stay near 200 MB.
@@ -33,15 +33,20 @@ class MlxOps:
     name = "mlx"
     #: The device runs one evaluation at a time, and temporaries are meant to exist once.
     parallel = False
+    #: The names of ggml's types that are encoded here; the fallback encodes more.
+    ggml_types = frozenset({**ggml_legacy.ENCODERS, **ggml_k.ENCODERS})
 
     def __init__(self, *, compiled: bool | None = None) -> None:
         self._compiled = compiled
 
-    def encode(self, weights: np.ndarray, encoding: Encoding) -> Parts:
+    def encode(
+        self, weights: np.ndarray, encoding: Encoding, importance: np.ndarray | None = None
+    ) -> Parts:
         """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16, any strides) row by row.
 
-        Raises UnsupportedEncodingError if ``cols`` is not a multiple of ``encoding.block`` or the
-        encoding can only be read, UsageError for other dtypes and ranks.
+        Raises UnsupportedEncodingError if ``cols`` is not a multiple of ``encoding.block``, the
+        encoding can only be read here, or it would have to heed ``importance`` (f32 ``[cols]``),
+        which the fallback alone does; UsageError for other dtypes, ranks and importance.
         """
         if weights.ndim != 2:
             raise UsageError(f"weights have shape {weights.shape}: encode takes [rows, cols]")
@@ -52,6 +57,12 @@ class MlxOps:
                 f"rows of {weights.shape[1]} weights cannot be {encoding}: "
                 f"they must be a multiple of {encoding.block}"
             )
+        if importance is not None:
+            check_importance(importance, weights.shape[1])
+            if isinstance(encoding, GgmlBlock) and encoding.weighs:
+                raise UnsupportedEncodingError(
+                    f"{encoding} with importance cannot be written by MLX: use --backend numpy"
+                )
         if isinstance(encoding, Plain) and dtype_name(weights) == encoding.dtype:
             return {"weight": np.ascontiguousarray(weights)}
         encoder = self._encoder(encoding)
@@ -100,9 +111,12 @@ class MlxOps:
         if encoding.name in ggml_k.ENCODERS:
             k_quant, search = ggml_k.ENCODERS[encoding.name], self._search()
             return lambda blocks: {"weight": k_quant(load_f32(blocks), search)}
-        writable = sorted({**ggml_legacy.ENCODERS, **ggml_k.ENCODERS})
+        if isinstance(encoding, GgmlBlock) and encoding.writable:
+            raise UnsupportedEncodingError(
+                f"{encoding} cannot be written by MLX: use --backend numpy"
+            )
         raise UnsupportedEncodingError(
-            f"{encoding} can be read but not written: choose {', '.join(writable)}"
+            f"{encoding} can be read but not written: choose {', '.join(sorted(self.ggml_types))}"
         )
 
     def _search(self) -> KSearch:

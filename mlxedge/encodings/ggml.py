@@ -18,6 +18,7 @@ class GgmlBlock(Encoding):
 
     Shape ``[..., cols]`` is stored as u8 ``[..., cols / block_size * block_bytes]``.
     ``writable`` tells whether mlxedge has an encoder; every type here has a decoder.
+    ``weighs`` tells whether that encoder has a use for the importance of columns.
     """
 
     type_name: str
@@ -25,6 +26,7 @@ class GgmlBlock(Encoding):
     block_size: int
     block_bytes: int
     writable: bool
+    weighs: bool = False
     family: ClassVar[str] = "ggml"
 
     @property
@@ -41,29 +43,29 @@ class GgmlBlock(Encoding):
 
 
 _TYPES = [
-    #         name       id  block bytes writable
-    GgmlBlock("q4_0", 2, 32, 18, True),
-    GgmlBlock("q4_1", 3, 32, 20, True),
-    GgmlBlock("q5_0", 6, 32, 22, True),
-    GgmlBlock("q5_1", 7, 32, 24, True),
+    #         name       id  block bytes writable weighs
+    GgmlBlock("q4_0", 2, 32, 18, True, True),
+    GgmlBlock("q4_1", 3, 32, 20, True, True),
+    GgmlBlock("q5_0", 6, 32, 22, True, True),
+    GgmlBlock("q5_1", 7, 32, 24, True, True),
     GgmlBlock("q8_0", 8, 32, 34, True),
-    GgmlBlock("q2_k", 10, 256, 84, True),
-    GgmlBlock("q3_k", 11, 256, 110, True),
-    GgmlBlock("q4_k", 12, 256, 144, True),
-    GgmlBlock("q5_k", 13, 256, 176, True),
-    GgmlBlock("q6_k", 14, 256, 210, True),
+    GgmlBlock("q2_k", 10, 256, 84, True, True),
+    GgmlBlock("q3_k", 11, 256, 110, True, True),
+    GgmlBlock("q4_k", 12, 256, 144, True, True),
+    GgmlBlock("q5_k", 13, 256, 176, True, True),
+    GgmlBlock("q6_k", 14, 256, 210, True, True),
     GgmlBlock("iq2_xxs", 16, 256, 66, False),
     GgmlBlock("iq2_xs", 17, 256, 74, False),
     GgmlBlock("iq3_xxs", 18, 256, 98, False),
     GgmlBlock("iq1_s", 19, 256, 50, False),
-    GgmlBlock("iq4_nl", 20, 32, 18, False),
+    GgmlBlock("iq4_nl", 20, 32, 18, True, True),
     GgmlBlock("iq3_s", 21, 256, 110, False),
     GgmlBlock("iq2_s", 22, 256, 82, False),
-    GgmlBlock("iq4_xs", 23, 256, 136, False),
+    GgmlBlock("iq4_xs", 23, 256, 136, True, True),
     GgmlBlock("iq1_m", 29, 256, 56, False),
-    GgmlBlock("tq1_0", 34, 256, 54, False),
-    GgmlBlock("tq2_0", 35, 256, 66, False),
-    GgmlBlock("mxfp4", 39, 32, 17, False),
+    GgmlBlock("tq1_0", 34, 256, 54, True),
+    GgmlBlock("tq2_0", 35, 256, 66, True),
+    GgmlBlock("mxfp4", 39, 32, 17, True),
     GgmlBlock("nvfp4", 40, 64, 36, False),
 ]
 

@@ -18,6 +18,7 @@ from oracles.ggml_blocks import random_blocks
 from oracles.hard_weights import DTYPES, KINDS, hard_weights
 
 from mlxedge.accel import backend
+from mlxedge.accel.backend import MlxOps
 from mlxedge.encodings import GGML, MLX_FLOAT, PLAIN, Affine, Encoding
 from mlxedge.encodings.mlx import AFFINE_BITS, AFFINE_GROUPS
 from mlxedge.errors import UnsupportedEncodingError, UsageError
@@ -33,9 +34,11 @@ AFFINE = [
     for group in AFFINE_GROUPS
     for scale in ("bf16", "f16", "f32")
 ]
-GGML_WRITABLE = [e for e in GGML.values() if e.writable]
+GGML_WRITABLE = [e for e in GGML.values() if e.name in MlxOps.ggml_types]
 WRITABLE = [*PLAIN.values(), *AFFINE, *MLX_FLOAT.values(), *GGML_WRITABLE]
 READ_ONLY = [e for e in GGML.values() if not e.writable]
+#: What only the fallback writes, by name, so that nothing else drops out of these tests.
+FALLBACK_ONLY = ["iq4_nl", "iq4_xs", "mxfp4", "tq1_0", "tq2_0"]
 K_QUANTS = [e for e in GGML_WRITABLE if e.block == 256]
 
 
@@ -170,6 +173,27 @@ def test_no_rows_at_all() -> None:
 def test_formats_that_can_only_be_read(encoding: Encoding) -> None:
     with pytest.raises(UnsupportedEncodingError, match="can be read but not written"):
         MLX.encode(np.zeros((1, 256), np.float32), encoding)
+
+
+def test_what_only_the_fallback_writes() -> None:
+    weights = np.zeros((1, 256), np.float32)
+    writable = {e.name for e in GGML.values() if e.writable}
+    assert sorted(writable - MlxOps.ggml_types) == FALLBACK_ONLY
+    for name in FALLBACK_ONLY:
+        with pytest.raises(UnsupportedEncodingError, match=f"{name} .*--backend numpy"):
+            MLX.encode(weights, GGML[name])
+
+
+@pytest.mark.parametrize("encoding", WRITABLE, ids=label)
+def test_importance_is_refused_or_has_no_use(encoding: Encoding) -> None:
+    weights = np.random.default_rng(2).normal(size=(3, 256)).astype(np.float32)
+    importance = np.random.default_rng(3).random(256, np.float32)
+    if getattr(encoding, "weighs", False):
+        with pytest.raises(UnsupportedEncodingError, match=r"importance .*--backend numpy"):
+            MLX.encode(weights, encoding, importance)
+    else:
+        parts = MLX.encode(weights, encoding, importance)
+        assert_same(parts, NUMPY.encode(weights, encoding, importance), ["weights"])
 
 
 @pytest.mark.parametrize(
