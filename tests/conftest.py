@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from pathlib import Path
 
 import pytest
 from oracles.tiny import write_tiny_llama
+
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and their children too;
+# a handler here gives the children the default back.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
