@@ -2,8 +2,9 @@
 
 Byte for byte what ``ggml_quantize_chunk`` writes with ``imatrix`` (``quantize_row_q*_impl`` of
 ggml-quants.c, llama.cpp as vendored by llama-cpp-python 0.3.36) where the C compiler does not
-contract multiply and add, as long as what ggml rounds stays within the 4194303 that it asserts: an
-outlier without importance can pass that, and its code is then whatever a build makes of it.
+contract multiply and add. Some builds differ in one respect: an outlier without importance can pass
+the 4194303 that ggml's ``nearest_int`` asserts; its code is then what the C source says, as GCC
+compiles it.
 
 The error of weight x in a column of importance q counts q · √(σ² + x²), but in Q6_K, where it
 counts q. σ² is the mean square of the row (Q4_0, Q4_1, Q5_0, Q5_1) or of the super-block (K-quants;

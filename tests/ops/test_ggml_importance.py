@@ -95,7 +95,8 @@ def test_any_number_of_blocks(name: str, blocks: int) -> None:
 
 
 #: Where an outlier counts nothing, the fit of the others may send it beyond the integers that
-#: ggml rounds to (its ``nearest_int`` asserts 4194303), and builds differ: so not of any magnitude.
+#: ggml rounds to (its ``nearest_int`` asserts 4194303). There the wheel's build differs from the
+#: source compiled by GCC, which the fallback follows: so not weights of every magnitude.
 _WEIGHTS = st.integers(-2048, 2048).map(lambda i: i / 256.0)
 #: Any finite, by their bits; those of 0 and 1 more often.
 _IMPORTANCE_BITS = st.one_of(st.integers(0, 0x7F7FFFFF), st.sampled_from([0, 0x3F800000]))
