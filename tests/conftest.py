@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from oracles.tiny import write_tiny_llama
 
-
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and their children too;
 # a handler here gives the children the default back.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
