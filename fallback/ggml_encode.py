@@ -87,11 +87,11 @@ def _encoder(encoding: GgmlBlock) -> Encoder:
             )
         weights = x.reshape(-1)
         weights.flags.writeable = False  # one compilation serves read-only maps and arrays alike
-        if weighted is None or (importance is None and plain is not None):
-            plain(weights, out.reshape(-1))
-        else:
+        if weighted is not None and (importance is not None or plain is None):
             columns = _NONE if importance is None else _repeated(importance)
             weighted(weights, columns, cols, out.reshape(-1))
+        elif plain is not None:
+            plain(weights, out.reshape(-1))
 
     return encode
 
