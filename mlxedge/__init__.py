@@ -14,18 +14,29 @@ if TYPE_CHECKING:
     from mlxedge.conversion import convert
     from mlxedge.errors import MlxedgeError
     from mlxedge.generate import Model, load
+    from mlxedge.sampling import Sampling
     from mlxedge.sources import fetch, open_source
 
 _HOME = {
     "MlxedgeError": "mlxedge.errors",
     "Model": "mlxedge.generate",
+    "Sampling": "mlxedge.sampling",
     "convert": "mlxedge.conversion",
     "fetch": "mlxedge.sources",
     "load": "mlxedge.generate",
     "open_source": "mlxedge.sources",
 }
 
-__all__ = ["MlxedgeError", "Model", "__version__", "convert", "fetch", "load", "open_source"]
+__all__ = [
+    "MlxedgeError",
+    "Model",
+    "Sampling",
+    "__version__",
+    "convert",
+    "fetch",
+    "load",
+    "open_source",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,30 +9,26 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxedge.encodings import PLAIN
 from mlxedge.errors import (
     DiskFullError,
-    UnsupportedEncodingError,
     UnsupportedModelError,
     UsageError,
 )
-from mlxedge.models import normalise, spec_for
 from mlxedge.outputs.gguf import plan_gguf
 from mlxedge.outputs.hf_dir import plan_hf
 from mlxedge.outputs.mlx_dir import plan_mlx
 from mlxedge.outputs.staging import check_target, partial_dir
 from mlxedge.plan import OutputPlan, Plan
+from mlxedge.prepare import check_weights, prepare
 from mlxedge.record import recorded_fingerprint
 from mlxedge.targets import Target, parse_target
 
 if TYPE_CHECKING:
-    from mlxedge.models.spec import ModelSpec
     from mlxedge.pipeline import ProgressHook, Report
-    from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
+    from mlxedge.sources.checkpoint import Checkpoint
 
 #: Weights handled at once by a thread; bounds memory (4 bytes each, a few copies).
 CHUNK_WEIGHTS = {"numpy": 1 << 18, "mlx": 1 << 24}
@@ -121,16 +117,12 @@ def plan_conversion(
     ):
         if given is not None and given not in known:
             raise UsageError(f"unknown {what} {given!r}: choose from {', '.join(known)}")
-    spec = spec_for(checkpoint.config)
-    checkpoint = _without_ballast(
-        checkpoint, spec, normalise(checkpoint.config, checkpoint.tensors)
-    )
+    spec, checkpoint = prepare(checkpoint)
     config = checkpoint.config
     for target in targets:
         if target.format != "hf" and (why := spec.objections(config, target.format)):
             raise UnsupportedModelError(f"{target.spec}: {'; '.join(why)}")
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    spec.check_tensors(config, shapes, checkpoint.origin.path)
+    check_weights(spec, checkpoint)
 
     paths = _paths(checkpoint.name, targets, out)
     for path in paths:
@@ -157,12 +149,33 @@ def plan_conversion(
         chunk_weights=CHUNK_WEIGHTS[backend or default_backend()],
         parallel=load_ops(backend).parallel,
     )
+    for output in plan.outputs:
+        output.notes += _quantized_twice(output, checkpoint)
     _find_finished(plan, backend or default_backend(), allow_nan)
     for output in plan.outputs:
         if not output.finished:
             check_target(output.path, force)
     _check_disk(plan)
     return plan, checkpoint
+
+
+def _quantized_twice(output: OutputPlan, checkpoint: Checkpoint) -> list[str]:
+    """A note where codes of the source are not kept: that costs quality, and often for nothing."""
+    kinds = sorted(
+        {
+            checkpoint.tensors[t.source].encoding.name
+            for t in output.tensors
+            if t.how == "encode"
+            and t.encoding.family != "plain"
+            and checkpoint.tensors[t.source].encoding.family != "plain"
+        }
+    )
+    if not kinds:
+        return []
+    return [
+        f"the source is quantized already ({', '.join(kinds)}), and this target quantizes it a "
+        "second time; docs/conversion.md says which targets keep its codes"
+    ]
 
 
 def _find_finished(plan: Plan, backend: str, allow_nan: bool) -> None:
@@ -204,49 +217,11 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
     return described
 
 
-def _without_ballast(checkpoint: Checkpoint, spec: ModelSpec, config: dict[str, Any]) -> Checkpoint:
-    from mlxedge.sources.checkpoint import Tensors
-
-    kept = {name: t for name, t in checkpoint.tensors.items() if not spec.is_ignored(name)}
-    head, table = kept.get("lm_head.weight"), kept.get("model.embed_tokens.weight")
-    if config["tie_word_embeddings"] and head is not None:
-        # As in transformers 5, a head that differs is the model's own, whatever the config says.
-        if table is None or not _has_weights_here(checkpoint) or _same_weights(head, table):
-            del kept["lm_head.weight"]
-        else:
-            config = config | {"tie_word_embeddings": False}
-    if not kept:
-        raise UnsupportedModelError(f"{checkpoint.origin.path} holds no weights")
-    for name, tensor in kept.items():
-        if tensor.encoding.family == "plain" and tensor.encoding.name not in PLAIN:
-            raise UnsupportedEncodingError(
-                f"{name} is {tensor.encoding.name}: mlxedge converts {', '.join(PLAIN)} and "
-                "quantized weights that it knows; this checkpoint needs another source"
-            )
-    return replace(checkpoint, config=config, tensors=Tensors(kept))
-
-
-def _has_weights_here(checkpoint: Checkpoint) -> bool:
-    """Whether weights can be read at no cost: inspecting a model on the Hub has headers only."""
-    return any(file.suffix in (".safetensors", ".gguf") for file in checkpoint.origin.files)
-
-
-def _same_weights(one: SourceTensor, other: SourceTensor) -> bool:
-    """Whether two tensors are stored alike, byte for byte."""
-    if (one.shape, one.encoding) != (other.shape, other.encoding):
-        return False
-    step = max(1, (1 << 24) * one.rows // max(1, one.nbytes))
-    for start in range(0, one.rows, step):
-        stop = min(start + step, one.rows)
-        left, right = one.read_rows(start, stop), other.read_rows(start, stop)
-        if any(left[part].tobytes() != right[part].tobytes() for part in left):
-            return False
-    return True
-
-
 def _paths(name: str, targets: Sequence[Target], out: Path) -> list[Path]:
     """With one target, ``out`` is the output itself unless it is an existing folder to write into;
     with several it is the parent."""
+    if out.suffix.lower() == ".gguf" and (len(targets) > 1 or targets[0].is_folder):
+        raise UsageError(f"-o {out}: a .gguf file can hold one gguf: target; give a folder")
     if len(targets) == 1 and not _is_parent(targets[0], out):
         return [out]
     return [out / target.default_name(name) for target in targets]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlxedge.engines.base import check_tokens
 from mlxedge.errors import TokenizerError, UsageError
 from mlxedge.ops import BACKENDS, default_backend
+from mlxedge.prepare import check_weights, prepare
 from mlxedge.sampling import Sampling
 from mlxedge.sources.checkpoint import Checkpoint
 
@@ -283,7 +284,12 @@ def load(
 
     checkpoint = path if isinstance(path, Checkpoint) else open_source(path)
     with checkpoint:
-        return Model(checkpoint, _choose(checkpoint, engine or backend), threads)
+        chosen = _choose(checkpoint, engine or backend)
+        if chosen == "numpy":
+            # Our forward pass would take any weights with llama's names; mlx-lm knows its own.
+            spec, checkpoint = prepare(checkpoint)
+            check_weights(spec, checkpoint)
+        return Model(checkpoint, chosen, threads)
 
 
 def _choose(checkpoint: Checkpoint, asked: str | None) -> str:

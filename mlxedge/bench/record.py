@@ -28,7 +28,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxedge.errors import CorruptFileError, SourceNotFoundError, UsageError
+from mlxedge.errors import (
+    CorruptFileError,
+    OutputExistsError,
+    SourceNotFoundError,
+    UsageError,
+)
 from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
@@ -150,6 +155,8 @@ def save_records(records: Sequence[dict[str, Any]], out: Path) -> list[Path]:
         check_target(out / "record.json", force=True)
         files = [(out / file_name(record), record) for record in records]
     else:
+        if out.exists():
+            raise OutputExistsError(f"{out} exists: records are never replaced; choose another -o")
         check_target(out, force=False)
         files = [(out, records[0] if len(records) == 1 else list(records))] if records else []
     written = []

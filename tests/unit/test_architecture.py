@@ -21,7 +21,7 @@ LAYERS = (
     {"accel", "fallback"},
     {"models"},
     {"sources", "plan"},
-    {"outputs", "engines"},
+    {"outputs", "engines", "prepare"},
     {"record"},
     {"pipeline", "generate"},
     {"conversion", "evaluate"},

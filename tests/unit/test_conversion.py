@@ -161,6 +161,9 @@ def test_threads_do_not_change_the_bytes(tiny: Path, tmp_path: Path) -> None:
 def test_arguments_that_make_no_sense(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="twice"):
         mlxedge.convert(tiny, ["mlx:4bit", "mlx:4bit-g64"], tmp_path / "m")
+    for to in ("mlx:4bit", ["gguf:q8_0", "gguf:f16"]):
+        with pytest.raises(UsageError, match="one gguf"):
+            mlxedge.convert(tiny, to, tmp_path / "m.gguf")
     with pytest.raises(UsageError, match="no target"):
         mlxedge.convert(tiny, [], tmp_path / "m")
     with pytest.raises(UsageError, match="threads"):

@@ -211,8 +211,26 @@ def test_unknown_settings_are_refused(tmp_path: Path) -> None:
 def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> None:
     folder = write_tiny_llama(tmp_path / "tiny")
     edit_config(folder, intermediate_size=1024)
-    with pytest.raises(CorruptFileError, match=r"gate_proj.weight is \[512, 256\], not"):
+    with pytest.raises(CorruptFileError, match=r"gate_proj.weight is \[512, 256\] and should be"):
         mlxedge.load(folder, engine="numpy")
     edit_config(folder, intermediate_size=512, num_hidden_layers=3)
-    with pytest.raises(CorruptFileError, match=r"layers\.2.*missing"):
+    with pytest.raises(CorruptFileError, match=r"missing.*layers\.2"):
+        mlxedge.load(folder, engine="numpy")
+
+
+@pytest.mark.parametrize("model_type", ["granite", "foo"])
+def test_an_architecture_that_is_not_known_is_not_run_as_llama(
+    tmp_path: Path, model_type: str
+) -> None:
+    """Its tensors may be called like llama's and mean something else."""
+    folder = write_tiny_llama(tmp_path / "tiny")
+    edit_config(folder, model_type=model_type)
+    with pytest.raises(UnsupportedModelError, match=f"{model_type}.*known: llama"):
+        mlxedge.load(folder, engine="numpy")
+
+
+def test_layers_that_the_config_leaves_out_are_noticed(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "tiny")
+    edit_config(folder, num_hidden_layers=1)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1"):
         mlxedge.load(folder, engine="numpy")

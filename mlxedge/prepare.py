@@ -1,0 +1,68 @@
+"""What every use of a checkpoint starts with: is it a model we know, and is it whole?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mlxedge.encodings import PLAIN
+from mlxedge.errors import UnsupportedEncodingError, UnsupportedModelError
+from mlxedge.models import ModelSpec, normalise, spec_for
+
+if TYPE_CHECKING:
+    from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
+
+
+def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
+    """The architecture of ``checkpoint``, and the checkpoint with its config normalised and without
+    tensors that carry nothing (buffers, the second copy of a tied head).
+
+    Raises UnsupportedModelError for an architecture that is not known or a config that makes no
+    sense, UnsupportedEncodingError for weights of a type that is not read.
+    """
+    from mlxedge.sources.checkpoint import Tensors
+
+    spec = spec_for(checkpoint.config)
+    config = normalise(checkpoint.config, checkpoint.tensors)
+    kept = {name: t for name, t in checkpoint.tensors.items() if not spec.is_ignored(name)}
+    head, table = kept.get("lm_head.weight"), kept.get("model.embed_tokens.weight")
+    if config["tie_word_embeddings"] and head is not None:
+        # As in transformers 5, a head that differs is the model's own, whatever the config says.
+        if table is None or not _has_weights_here(checkpoint) or _same_weights(head, table):
+            del kept["lm_head.weight"]
+        else:
+            config = config | {"tie_word_embeddings": False}
+    if not kept:
+        raise UnsupportedModelError(f"{checkpoint.origin.path} holds no weights")
+    for name, tensor in kept.items():
+        if tensor.encoding.family == "plain" and tensor.encoding.name not in PLAIN:
+            raise UnsupportedEncodingError(
+                f"{name} is {tensor.encoding.name}: mlxedge converts {', '.join(PLAIN)} and "
+                "quantized weights that it knows; this checkpoint needs another source"
+            )
+    return spec, replace(checkpoint, config=config, tensors=Tensors(kept))
+
+
+def check_weights(spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    """Raise CorruptFileError or UnsupportedModelError unless a prepared checkpoint's tensors are
+    those of the model that its config describes."""
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    spec.check_tensors(checkpoint.config, shapes, checkpoint.origin.path)
+
+
+def _has_weights_here(checkpoint: Checkpoint) -> bool:
+    """Whether weights can be read at no cost: inspecting a model on the Hub has headers only."""
+    return any(file.suffix in (".safetensors", ".gguf") for file in checkpoint.origin.files)
+
+
+def _same_weights(one: SourceTensor, other: SourceTensor) -> bool:
+    """Whether two tensors are stored alike, byte for byte."""
+    if (one.shape, one.encoding) != (other.shape, other.encoding):
+        return False
+    step = max(1, (1 << 24) * one.rows // max(1, one.nbytes))
+    for start in range(0, one.rows, step):
+        stop = min(start + step, one.rows)
+        left, right = one.read_rows(start, stop), other.read_rows(start, stop)
+        if any(left[part].tobytes() != right[part].tobytes() for part in left):
+            return False
+    return True
