@@ -143,6 +143,7 @@ def file_progress() -> Iterator[FileUpdate]:
 def _bars(unit: str) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.table import Column
     from rich.text import Text
 
     class Speed(ProgressColumn):
@@ -159,12 +160,18 @@ def _bars(unit: str) -> Progress:
             return Text("" if seconds is None or task.finished else f"{duration(seconds)} left")
 
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        Speed(),
-        Left(),
-        TextColumn("{task.fields[name]}", style="dim"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:>3.0f} %", table_column=Column(no_wrap=True)),
+        Speed(table_column=Column(no_wrap=True)),
+        Left(table_column=Column(no_wrap=True)),
+        # What a narrow terminal has no room for is the name's end.
+        TextColumn(
+            "{task.fields[name]}",
+            style="dim",
+            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+        ),
+        expand=True,
         console=Console(stderr=True),
         transient=True,
     )
