@@ -145,7 +145,6 @@ def plan_conversion(
         name=checkpoint.name,
         source=describe_source(checkpoint),
         outputs=outputs,
-        largest_tensor=max(t.nbytes for t in checkpoint.tensors.values()),
         chunk_weights=CHUNK_WEIGHTS[backend or default_backend()],
         parallel=load_ops(backend).parallel,
     )

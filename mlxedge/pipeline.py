@@ -71,10 +71,6 @@ class OutputResult:
         weights = sum(t.squared_weights for t in self.tensors)
         return math.sqrt(sum(t.squared_error for t in self.tensors) / weights) if weights else 0.0
 
-    @property
-    def worst(self) -> TensorResult | None:
-        return max(self.tensors, key=lambda t: t.error, default=None)
-
 
 @dataclass
 class Report:
@@ -98,7 +94,6 @@ class _Work:
     goals: list[tuple[int, PlannedTensor]]
     chunks: int
     results: list[TensorResult]
-    guard: threading.Lock = field(default_factory=threading.Lock)
 
 
 def run_plan(

@@ -113,7 +113,6 @@ class Plan:
     name: str
     source: dict[str, Any]
     outputs: list[OutputPlan]
-    largest_tensor: int
     chunk_weights: int
     parallel: bool = True
 
