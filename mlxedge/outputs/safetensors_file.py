@@ -16,15 +16,13 @@ from mlxedge.plan import DataFile, Place, PlannedTensor, place_parts
 
 SHARD_BYTES = 5 << 30
 _DTYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16", "u32": "U32", "u8": "U8"}
-#: The stored name of a part of tensor ``X.weight`` is ``X.`` + its part name.
-_PART_SUFFIX = {"scales": "scales", "biases": "biases"}
 
 
 def part_name(tensor: str, part: str) -> str:
     """The stored name of a part: ``X.weight`` keeps its name, its scales become ``X.scales``."""
     if part == "weight":
         return tensor
-    return tensor.removesuffix("weight") + _PART_SUFFIX[part]
+    return tensor.removesuffix("weight") + part
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class Layout:
     files: list[DataFile]
     tensors: list[PlannedTensor]
     index: bytes
-    total_size: int
 
 
 def lay_out(
@@ -86,7 +83,7 @@ def lay_out(
         "metadata": {"total_size": total, "total_parameters": total_parameters},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    return Layout(files, placed, (json.dumps(index, indent=4) + "\n").encode(), total)
+    return Layout(files, placed, (json.dumps(index, indent=4) + "\n").encode())
 
 
 def _header(entries: dict[str, Any]) -> bytes:

@@ -103,6 +103,7 @@ class Staging:
         #: Finished tensors by name, those of an earlier run included: their journal lines.
         self.done: dict[str, dict[str, Any]] = {}
         self.resumed_tensors = 0
+        self._made: Path | None = None
         self._files: list[int] = []
         self._unsynced = 0
         self._guard = threading.Lock()
@@ -186,7 +187,9 @@ class Staging:
         self._unsynced = 0
 
     def complete(self) -> Path:
-        """Write the small files and sync everything; returns what will get the final name."""
+        """Write the small files and sync everything, once; returns what will get the final name."""
+        if self._made is not None:
+            return self._made
         with os_errors(self.plan.path):
             with self._guard:
                 self._sync()
@@ -196,9 +199,9 @@ class Staging:
                 target.write_bytes(data)
                 _sync_path(target)
             _sync_path(self.data_dir)
-        if self.plan.target.is_folder:
-            return self.data_dir
-        return self.data_dir / self.plan.data[0].name
+        folder = self.plan.target.is_folder
+        self._made = self.data_dir if folder else self.data_dir / self.plan.data[0].name
+        return self._made
 
     def publish(self, force: bool) -> None:
         """Give what ``complete`` made its final name."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from mlxedge.encodings import BF16, F16, F32, GGML, PLAIN, Encoding
+from mlxedge.encodings import F16, F32, GGML, PLAIN, Encoding
 
 #: Recipe → (type of most matrices, ``general.file_type``: llama.h's ``enum llama_ftype``).
 RECIPES: dict[str, tuple[str, int]] = {
@@ -220,8 +220,3 @@ def _fit(kind: str, cols: int, reason: str | None) -> Choice:
 def file_type(recipe: str) -> int:
     """``general.file_type`` of a recipe."""
     return RECIPES[recipe][1]
-
-
-def plain_type(encoding: Encoding) -> int:
-    """ggml's type number of an unquantized encoding."""
-    return {F32: 0, F16: 1, BF16: 30}[encoding]  # type: ignore[index]
