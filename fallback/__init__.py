@@ -18,7 +18,7 @@ from mlxedge.ops import check_importance
 if TYPE_CHECKING:
     import numpy as np
 
-    from mlxedge.ops import Parts
+    from mlxedge.ops import Feedback, Parts, Quality
 
 #: The modules with ``encode(weights, encoding)`` and ``decode(parts, encoding)``; that of ggml's
 #: blocks takes importance too.
@@ -37,11 +37,17 @@ class NumpyOps:
     parallel = True
 
     def encode(
-        self, weights: np.ndarray, encoding: Encoding, importance: np.ndarray | None = None
+        self,
+        weights: np.ndarray,
+        encoding: Encoding,
+        importance: np.ndarray | None = None,
+        *,
+        quality: Quality = "reference",
+        feedback: Feedback | None = None,
     ) -> Parts:
         """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16, any strides) row by row.
 
-        ``importance``: f32 ``[cols]``, see ``mlxedge.ops.Ops``; ggml's blocks heed it.
+        ``importance``: f32 ``[cols]``; see ``mlxedge.ops.Ops``, also for the others.
 
         Raises UnsupportedEncodingError if ``cols`` is not a multiple of ``encoding.block`` or the
         encoding can only be read, UsageError for other dtypes, ranks and importance.
@@ -62,6 +68,10 @@ class NumpyOps:
 
         weights = np.ascontiguousarray(weights)
         made: Parts
+        if quality != "reference":
+            use = feedback if quality == "best" else None
+            made = _load("search").encode(weights, encoding, importance, use)
+            return made
         if isinstance(encoding, GgmlBlock):
             made = module.encode(weights, encoding, importance)
         else:
@@ -96,6 +106,11 @@ class NumpyOps:
                 f"{source} blocks cannot be kept exactly in {target}: "
                 "take f32 scales, or decode and encode again"
             )
+        return made
+
+    def feedback(self, hessian: np.ndarray) -> Feedback:
+        """What "best" needs, from the mean of x·xᵀ over a layer's inputs, f32 ``[cols, cols]``."""
+        made: Feedback = _load("feedback").prepare(hessian)
         return made
 
     def first_nonfinite(self, weights: np.ndarray) -> int | None:

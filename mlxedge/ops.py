@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import platform
 import sys
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from mlxedge.encodings import Encoding
 from mlxedge.errors import BackendError, UsageError
@@ -24,6 +25,26 @@ Parts = dict[str, "np.ndarray"]
 
 BACKENDS = {"numpy": "mlxedge.fallback", "mlx": "mlxedge.accel"}
 
+#: How an encoder chooses scales and codes. "reference": by the rule of the runtime that the format
+#: belongs to, bit for bit. "fast": by a search for the least weighted error. "best": by that search
+#: and then by error feedback, which lets later columns make up for the errors of earlier ones.
+Quality = Literal["reference", "fast", "best"]
+QUALITIES: tuple[Quality, ...] = get_args(Quality)
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """What error feedback knows of a layer's input; made by ``ReferenceOps.feedback``.
+
+    ``order`` int32 ``[cols]``: the columns as they take their turn. In that order, f32
+    ``[cols, cols]``: ``hessian``, the mean of x·xᵀ over inputs x, damped, and ``factor``, the upper
+    Cholesky factor of its inverse. Read-only, shared by all matrices with this input.
+    """
+
+    order: np.ndarray
+    hessian: np.ndarray
+    factor: np.ndarray
+
 
 class Ops(Protocol):
     """Encode and decode blocks. Both backends give the same bytes, which ``fallback`` defines."""
@@ -33,16 +54,24 @@ class Ops(Protocol):
     parallel: bool
 
     def encode(
-        self, weights: np.ndarray, encoding: Encoding, importance: np.ndarray | None = None
+        self,
+        weights: np.ndarray,
+        encoding: Encoding,
+        importance: np.ndarray | None = None,
+        *,
+        quality: Quality = "reference",
+        feedback: Feedback | None = None,
     ) -> Parts:
         """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16) row by row.
 
         ``importance``, f32 ``[cols]``, finite and not negative: how much errors in each column
-        count. Encodings that have no use for it ignore it.
+        count; without it all count alike. Rules of "reference" that have no use for it ignore it.
+        ``feedback`` is used by "best" alone, which without it is "fast"; so it is for encodings
+        whose codes are not chosen weight by weight.
 
-        Raises UnsupportedEncodingError if this backend has no encoder for the encoding, or none
-        that heeds importance: the fallback then may. ``cols`` must be a multiple of
-        ``encoding.block``. Rows are independent: encoding a slice of rows gives the same slice.
+        Raises UnsupportedEncodingError if this backend has no such encoder: the fallback then may.
+        ``cols`` must be a multiple of ``encoding.block``. Rows are independent: encoding a slice of
+        rows gives the same slice.
         """
 
     def decode(self, parts: Parts, encoding: Encoding) -> np.ndarray:
@@ -57,6 +86,12 @@ class ReferenceOps(Ops, Protocol):
 
     def transcode(self, parts: Parts, source: Encoding, target: Encoding) -> Parts:
         """The same weights in ``target``; decoding gives bit-equal f32 values."""
+
+    def feedback(self, hessian: np.ndarray) -> Feedback:
+        """From the mean of x·xᵀ over a layer's inputs x, f32 ``[cols, cols]``.
+
+        Raises UsageError unless it is square, finite and has no negative diagonal.
+        """
 
     def first_nonfinite(self, weights: np.ndarray) -> int | None:
         """The flat index of the first NaN or infinity in f32, f16 or bf16 ``weights``."""

@@ -13,7 +13,7 @@ from mlxedge.accel.casts import DTYPES, dtype_name, load_f32, store_as, to_mlx
 from mlxedge.accel.k_search import KSearch
 from mlxedge.encodings import Affine, Encoding, GgmlBlock, MlxFloat, Plain
 from mlxedge.errors import UnsupportedEncodingError, UsageError
-from mlxedge.ops import Parts, check_importance
+from mlxedge.ops import Feedback, Parts, Quality, check_importance
 
 #: Weights in one evaluation: few enough that a GPU's watchdog stays calm and that the dozen
 #: temporaries of a search stay near 200 MB.
@@ -40,7 +40,13 @@ class MlxOps:
         self._compiled = compiled
 
     def encode(
-        self, weights: np.ndarray, encoding: Encoding, importance: np.ndarray | None = None
+        self,
+        weights: np.ndarray,
+        encoding: Encoding,
+        importance: np.ndarray | None = None,
+        *,
+        quality: Quality = "reference",
+        feedback: Feedback | None = None,
     ) -> Parts:
         """Encode ``weights`` ``[rows, cols]`` (f32, f16 or bf16, any strides) row by row.
 
@@ -59,12 +65,17 @@ class MlxOps:
             )
         if importance is not None:
             check_importance(importance, weights.shape[1])
-            if isinstance(encoding, GgmlBlock) and encoding.weighs:
+            if quality == "reference" and isinstance(encoding, GgmlBlock) and encoding.weighs:
                 raise UnsupportedEncodingError(
                     f"{encoding} with importance cannot be written by MLX: use --backend numpy"
                 )
         if isinstance(encoding, Plain) and dtype_name(weights) == encoding.dtype:
             return {"weight": np.ascontiguousarray(weights)}
+        if quality != "reference" and not isinstance(encoding, Plain):
+            from mlxedge.accel import search
+
+            use = feedback if quality == "best" else None
+            return search.encode(np.ascontiguousarray(weights), encoding, importance, use)
         encoder = self._encoder(encoding)
         blocks = np.ascontiguousarray(weights).reshape(-1, encoding.block)
         parts = {
