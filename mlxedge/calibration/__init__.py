@@ -1,0 +1,1 @@
+"""Statistics of what flows through a model, so that encoders know which weights matter."""
