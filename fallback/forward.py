@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -10,10 +12,23 @@ from mlxedge.fallback import attention
 from mlxedge.fallback import frame as fr
 from mlxedge.fallback.lanes import LANES
 from mlxedge.fallback.linear import Matrix
-from mlxedge.fallback.tape import Buffer, Product, Segment, Tape, aligned
+from mlxedge.fallback.tape import Buffer, Product, Segment, Tap, Tape, aligned
 from mlxedge.fallback.team import Team, available_threads
 
-__all__ = ["Buffer", "Cache", "Matrix", "Product", "Runner", "Tape", "Team", "available_threads"]
+__all__ = [
+    "Buffer",
+    "Cache",
+    "Matrix",
+    "Product",
+    "Runner",
+    "Tape",
+    "Team",
+    "Watch",
+    "available_threads",
+]
+
+#: Called with a tap's name and what its buffer holds: f32 ``[n, width]``, to be read at once.
+Watch = Callable[[Any, np.ndarray], None]
 
 
 class Cache:
@@ -58,11 +73,12 @@ class Runner:
     """Walks a tape. Safe to call from several threads, one pass at a time.
 
     ``frequencies`` f64 ``[pairs]`` (radians per position) and ``amplitude`` (of cosine and sine)
-    are those of the rotary embedding; ``rows`` the most positions of one pass.
+    are those of the rotary embedding; ``rows`` the most positions of one pass. ``result`` is the
+    buffer of the results, ``None`` for a tape that ends with hidden states.
     """
 
     def __init__(
-        self, tape: Tape, team: Team, hidden: Buffer, result: Buffer,
+        self, tape: Tape, team: Team, hidden: Buffer, result: Buffer | None,
         frequencies: np.ndarray, amplitude: float, rows: int,
     ) -> None:  # fmt: skip
         self.tape, self.team, self.rows = tape, team, rows
@@ -83,29 +99,64 @@ class Runner:
         Returns the results of the last ``results`` positions (at most n): f32 ``[results, width]``.
         """
         n = len(tokens)
-        out = np.empty((results + _PADDING if results else 0, self._result.width), np.float32)
+        out = self._results(results)
         with self._lock:
-            cache.reserve(start + n)
-            self._prepare(cache.capacity)
-            frame = np.zeros(self._result_offset(len(self.tape.buffers)) // 8, np.int64)
-            for field, value in (
-                (fr.N, n), (fr.START, start), (fr.TOKENS, tokens.ctypes.data),
-                (fr.KV, cache.addresses.ctypes.data), (fr.CAPACITY, cache.capacity),
-                (fr.COS, self._tables[0].ctypes.data), (fr.SIN, self._tables[1].ctypes.data),
-                (fr.SCRATCH, self._scratch.ctypes.data + -self._scratch.ctypes.data % 64),
-                (fr.SCRATCH_BYTES, (self._scratch.nbytes - 64) // self.team.threads),
-            ):  # fmt: skip
-                frame[field // 8] = value
-            arrays = self._memory | {self._result.number: out}
-            self._place(frame, arrays)
+            frame = self._frame(n, start, tokens, cache)
+            arrays = self._with(out)
             self._walk(self._body, frame, arrays, tokens)
             if results:
                 hidden = arrays[self._hidden.number][n - results :]
-                arrays[self._hidden.number] = hidden
-                self._place(frame, arrays)
                 frame[fr.N // 8] = results
-                self._walk(self._tail, frame, arrays, tokens)
+                self._walk(self._tail, frame, arrays | {self._hidden.number: hidden}, tokens)
         return out[:results]
+
+    def advance(
+        self, hidden: np.ndarray, start: int, cache: Cache, watch: Watch | None = None
+    ) -> None:
+        """One pass over ``hidden`` states (f32 ``[n, width]``, 0 < n <= ``rows``), which are
+        replaced by what the steps before the tape's head make of them."""
+        with self._lock:
+            frame = self._frame(len(hidden), start, _NO_TOKENS, cache)
+            own = self._memory[self._hidden.number][: len(hidden), : self._hidden.width]
+            own[:] = hidden
+            self._walk(self._body, frame, self._memory, _NO_TOKENS, watch)
+            hidden[:] = own
+
+    def project(self, hidden: np.ndarray, watch: Watch | None = None) -> np.ndarray:
+        """The results that the steps after the tape's head make of ``hidden`` states (f32
+        ``[n, width]``, 0 < n <= ``rows``): f32 ``[n, width of the results]``."""
+        n = len(hidden)
+        out = self._results(n)
+        with self._lock:
+            frame = self._frame(n, 0, _NO_TOKENS, None)
+            arrays = self._with(out)
+            arrays[self._hidden.number][:n, : self._hidden.width] = hidden
+            self._walk(self._tail, frame, arrays, _NO_TOKENS, watch)
+        return out[:n]
+
+    def _results(self, count: int) -> np.ndarray:
+        width = 0 if self._result is None else self._result.width
+        return np.empty((count + _PADDING if count else 0, width), np.float32)
+
+    def _with(self, out: np.ndarray) -> dict[int, np.ndarray]:
+        return self._memory if self._result is None else self._memory | {self._result.number: out}
+
+    def _frame(self, n: int, start: int, tokens: np.ndarray, cache: Cache | None) -> np.ndarray:
+        capacity = addresses = 0
+        if cache is not None:
+            cache.reserve(start + n)
+            capacity, addresses = cache.capacity, cache.addresses.ctypes.data
+        self._prepare(capacity)
+        frame = np.zeros(self._result_offset(len(self.tape.buffers)) // 8, np.int64)
+        for field, value in (
+            (fr.N, n), (fr.START, start), (fr.TOKENS, tokens.ctypes.data),
+            (fr.KV, addresses), (fr.CAPACITY, capacity),
+            (fr.COS, self._tables[0].ctypes.data), (fr.SIN, self._tables[1].ctypes.data),
+            (fr.SCRATCH, self._scratch.ctypes.data + -self._scratch.ctypes.data % 64),
+            (fr.SCRATCH_BYTES, (self._scratch.nbytes - 64) // self.team.threads),
+        ):  # fmt: skip
+            frame[field // 8] = value
+        return frame
 
     @staticmethod
     def _result_offset(number: int) -> int:
@@ -127,16 +178,21 @@ class Runner:
 
     def _walk(
         self, segments: list[Segment], frame: np.ndarray, arrays: dict[int, np.ndarray],
-        tokens: np.ndarray,
+        tokens: np.ndarray, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         n = int(frame[fr.N // 8])
+        self._place(frame, arrays)
         for segment in segments:
             if len(segment.steps):
                 self.team.walk(segment.steps, frame, self.tape.length)
-            for product, x in segment.hosted:
-                _host(product, x, arrays, tokens, n)
+            for hosted in segment.hosted:
+                if not isinstance(hosted, Tap):
+                    _host(*hosted, arrays, tokens, n)
+                elif watch is not None:
+                    watch(hosted.name, arrays[hosted.buffer.number][:n, : hosted.buffer.width])
 
 
+_NO_TOKENS = np.zeros(0, np.int64)
 #: Rows that a tile may read or write beyond the last position.
 _PADDING = 4
 

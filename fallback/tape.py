@@ -52,6 +52,14 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Tap:
+    """A place where the activations in a buffer can be looked at, under a name of their own."""
+
+    name: Any
+    buffer: Buffer
+
+
+@dataclass(frozen=True)
 class Product:
     """``out = x @ matrix.T + bias``, and then ``add_to += out`` if given."""
 
@@ -59,6 +67,11 @@ class Product:
     out: Buffer
     bias: np.ndarray | None = None
     add_to: Buffer | None = None
+
+
+#: What Python does between compiled steps: a tap, or the product of a buffer with a matrix whose
+#: format has no kernel.
+Hosted = tuple[Product, Buffer] | Tap
 
 
 class Tape:
@@ -72,7 +85,8 @@ class Tape:
         self.layers = 0
         self.head_dim = 0
         self._steps: list[list[int]] = []
-        self._hosted: dict[int, list[tuple[Product, Buffer]]] = {}
+        self._hosted: dict[int, list[Hosted]] = {}
+        self._before_head: dict[int, list[Hosted]] = {}
         self._kept: list[Any] = []
         self._scratch = 0
         self._head = 0
@@ -110,6 +124,10 @@ class Tape:
         """out = RMSNorm(x) · weight."""
         fields = x.offset, out.offset, self._vector(weight), x.width, _bits(epsilon)
         self._record(step_kernel("norm"), *fields)
+
+    def tap(self, name: Any, x: Buffer) -> None:
+        """Let who walks the tape look at ``x`` as it is now."""
+        self._hosted.setdefault(len(self._steps), []).append(Tap(name, x))
 
     def linear(self, x: Buffer, products: Sequence[Product]) -> None:
         """The products of ``x`` with several matrices."""
@@ -165,7 +183,7 @@ class Tape:
 
     def head(self) -> None:
         """What follows is for the positions whose result is asked for only."""
-        self._head = len(self._steps)
+        self._head, self._before_head, self._hosted = len(self._steps), self._hosted, {}
 
     def segments(self) -> tuple[list[Segment], list[Segment]]:
         """The steps before :meth:`head` and those after it."""
@@ -173,15 +191,15 @@ class Tape:
         for row, fields in zip(table, self._steps, strict=True):
             row[: len(fields)] = fields
 
-        def cut(start: int, end: int) -> list[Segment]:
+        def cut(start: int, end: int, hosted: dict[int, list[Hosted]]) -> list[Segment]:
             found = []
-            for stop in sorted(k for k in self._hosted if start <= k < end):
-                found.append(Segment(table[start:stop], self._hosted[stop]))
+            for stop in sorted(hosted):
+                found.append(Segment(table[start:stop], hosted[stop]))
                 start = stop
             return [*found, Segment(table[start:end], [])]
 
-        last = len(self._steps)
-        return cut(0, self._head), cut(self._head, last + 1)
+        body = cut(0, self._head, self._before_head)
+        return body, cut(self._head, len(self._steps), self._hosted)
 
     def scratch_bytes(self, capacity: int) -> int:
         """What one thread needs, for a cache of ``capacity`` positions."""
@@ -190,7 +208,7 @@ class Tape:
 
 @dataclass(frozen=True)
 class Segment:
-    """Compiled steps int64 ``[count, STEP_FIELDS]``, then products whose format has no kernel."""
+    """Compiled steps int64 ``[count, STEP_FIELDS]``, then what Python does."""
 
     steps: np.ndarray
-    hosted: list[tuple[Product, Buffer]]
+    hosted: list[Hosted]

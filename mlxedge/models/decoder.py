@@ -8,6 +8,7 @@ sliding window, a head of its own. Names and layouts are Hugging Face's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
@@ -69,87 +70,192 @@ def shape_of(config: dict[str, Any]) -> Shape:
     )
 
 
+class Weights:
+    """The tensors of a checkpoint as matrices and vectors of a forward pass.
+
+    ``nbytes`` counts the matrices that were read. Raises CorruptFileError for a tensor that is
+    missing or has another shape.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ops: Any) -> None:
+        self.nbytes = 0
+        self._ops = ops
+        self._tensors = checkpoint.tensors
+        self._path = checkpoint.origin.path
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def matrix(self, name: str, rows: int, cols: int) -> Any:
+        tensor = self.tensor(name, (rows, cols))
+        matrix = self._ops.Matrix(tensor.read(), tensor.encoding, rows, cols)
+        self.nbytes += matrix.nbytes
+        return matrix
+
+    def product(self, name: str, x: Any, out: Any, add_to: Any = None) -> Any:
+        """``out = x @ W.T + b`` of a linear layer, and then ``add_to += out``."""
+        matrix = self.matrix(f"{name}.weight", out.width, x.width)
+        return self._ops.Product(matrix, out, self.optional(f"{name}.bias"), add_to)
+
+    def vector(self, name: str) -> np.ndarray:
+        """f32 ``[size]``."""
+        tensor = self.tensor(name)
+        vector = load_reference().decode(tensor.read(), tensor.encoding)
+        return vector.reshape(-1)
+
+    def optional(self, name: str) -> np.ndarray | None:
+        return self.vector(name) if name in self._tensors else None
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> SourceTensor:
+        if name not in self._tensors:
+            raise CorruptFileError(self._path, f"the tensor {name} is missing")
+        tensor = self._tensors[name]
+        if shape is not None and tensor.shape != shape:
+            raise CorruptFileError(
+                self._path, f"the tensor {name} is {list(tensor.shape)}, not {list(shape)}"
+            )
+        return tensor
+
+
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Graph:
+    """Records what a model computes on a tape, block by block.
+
+    ``tapped`` puts a tap on the input of every group of linears, named by the tuple of their
+    weights. The hidden states are in the buffer ``x``, between blocks and at the end.
+    """
+
+    def __init__(self, shape: Shape, weights: Weights, ops: Any, tapped: bool = False) -> None:
+        self.tape = tape = ops.Tape()
+        self.shape, self.weights = shape, weights
+        self._ops, self._tapped = ops, tapped
+        self.x, self._h = tape.buffer(shape.hidden), tape.buffer(shape.hidden)
+
+    @cached_property
+    def _block_buffers(self) -> tuple[Any, ...]:
+        shape, buffer = self.shape, self.tape.buffer
+        mixed, delta = buffer(shape.heads * shape.head_dim), buffer(shape.hidden)
+        q = buffer(shape.heads * shape.head_dim)
+        k, v = (buffer(shape.kv_heads * shape.head_dim) for _ in range(2))
+        gate, up = (buffer(shape.intermediate) for _ in range(2))
+        return mixed, delta, q, k, v, gate, up
+
+    def embed(self) -> Any:
+        """x = the rows of the tokens; returns the table."""
+        table = self.weights.matrix(TABLE, self.shape.vocab, self.shape.hidden)
+        self.tape.embed(table, self.x)
+        return table
+
+    def block(self, layer: int) -> None:
+        """x = block ``layer`` of x."""
+        shape, tape, weights = self.shape, self.tape, self.weights
+        x, h = self.x, self._h
+        mixed, delta, q, k, v, gate, up = self._block_buffers
+        block = f"model.layers.{layer}."
+        attend, mlp = f"{block}self_attn.", f"{block}mlp."
+        self._norm(f"{block}input_layernorm.weight")
+        self._linear(h, {f"{attend}{n}_proj": out for n, out in zip("qkv", (q, k, v))})
+        tape.attention(
+            q,
+            k,
+            v,
+            mixed,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            rotated=shape.rope.dims(shape.head_dim),
+            scale=shape.head_dim**-0.5,
+            q_norm=weights.optional(f"{attend}q_norm.weight"),
+            k_norm=weights.optional(f"{attend}k_norm.weight"),
+            epsilon=shape.epsilon,
+            window=shape.windows[layer],
+        )
+        self._linear(mixed, {f"{attend}o_proj": delta}, add_to=x)
+        self._norm(f"{block}post_attention_layernorm.weight")
+        self._linear(h, {f"{mlp}gate_proj": gate, f"{mlp}up_proj": up})
+        tape.gate(gate, up)
+        self._linear(gate, {f"{mlp}down_proj": delta}, add_to=x)
+
+    def head(self, table: Any = None) -> Any:
+        """Logits of x; returns their buffer. ``table`` is the embedding's, where it is known."""
+        self.final_norm()
+        logits = self.tape.buffer(self.shape.vocab)
+        name = self.head_name
+        if table is None or name != TABLE:
+            table = self.weights.matrix(name, self.shape.vocab, self.shape.hidden)
+        self.tape.linear(self._h, [self._ops.Product(table, logits)])
+        return logits
+
+    def final_norm(self) -> None:
+        """Up to the head's input, which is tapped."""
+        self.tape.head()
+        self._norm("model.norm.weight")
+        self._tap((self.head_name,), self._h)
+
+    @property
+    def head_name(self) -> str:
+        """The matrix that makes logits: the embedding's where they are tied."""
+        return HEAD if HEAD in self.weights else TABLE
+
+    def runner(self, team: Any, rows: int, result: Any = None) -> Any:
+        """What walks the tape, once all is recorded; passes have up to ``rows`` positions."""
+        return self._ops.Runner(
+            self.tape,
+            team,
+            hidden=self.x,
+            result=result,
+            frequencies=inverse_frequencies(self.shape.rope, self.shape.head_dim),
+            amplitude=self.shape.rope.attention_factor,
+            rows=rows,
+        )
+
+    def cache(self) -> Any:
+        """An empty cache of keys and values for one sequence."""
+        return self._ops.Cache(self.tape, self.shape.kv_heads, self.shape.context)
+
+    def _norm(self, weight: str) -> None:
+        """h = RMSNorm(x)."""
+        self.tape.norm(self.x, self.weights.vector(weight), self.shape.epsilon, self._h)
+
+    def _linear(self, x: Any, outs: dict[str, Any], add_to: Any = None) -> None:
+        self._tap(tuple(f"{name}.weight" for name in outs), x)
+        products = [self.weights.product(name, x, out, add_to) for name, out in outs.items()]
+        self.tape.linear(x, products)
+
+    def _tap(self, names: tuple[str, ...], x: Any) -> None:
+        if self._tapped:
+            self.tape.tap(names, x)
+
+
+#: The most positions of one pass: longer prompts go in pieces.
+CHUNK = 512
+
+
 class Decoder:
     """A checkpoint's weights, as they are stored, and the tape that computes with them.
 
     ``threads`` defaults to the processors that this process may use.
     """
 
-    #: The most positions of one pass: longer prompts go in pieces.
-    CHUNK = 512
-
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
         self.shape = shape = shape_of(checkpoint.config)
-        self._ops = ops = load_forward()
-        self._tensors = dict(checkpoint.tensors)
-        self._path = checkpoint.origin.path
-        self.weight_bytes = 0
+        ops = load_forward()
+        weights = Weights(checkpoint, ops)
         self.threads = threads or ops.available_threads()
-        self.rows = min(self.CHUNK, shape.context)
-
-        tape = ops.Tape()
-        x, h, mixed, delta = (
-            tape.buffer(width)
-            for width in (shape.hidden, shape.hidden, shape.heads * shape.head_dim, shape.hidden)
-        )
-        q = tape.buffer(shape.heads * shape.head_dim)
-        k, v = (tape.buffer(shape.kv_heads * shape.head_dim) for _ in range(2))
-        gate, up = (tape.buffer(shape.intermediate) for _ in range(2))
-        logits = tape.buffer(shape.vocab)
-
-        table = self._matrix("model.embed_tokens.weight", shape.vocab, shape.hidden)
-        tape.embed(table, x)
-        for layer, window in enumerate(shape.windows):
-            block = f"model.layers.{layer}."
-            attend, mlp = f"{block}self_attn.", f"{block}mlp."
-            tape.norm(x, self._vector(f"{block}input_layernorm.weight"), shape.epsilon, h)
-            tape.linear(
-                h, [self._product(f"{attend}{n}_proj", h, out) for n, out in _named(q, k, v)]
-            )
-            tape.attention(
-                q,
-                k,
-                v,
-                mixed,
-                heads=shape.heads,
-                kv_heads=shape.kv_heads,
-                head_dim=shape.head_dim,
-                rotated=shape.rope.dims(shape.head_dim),
-                scale=shape.head_dim**-0.5,
-                q_norm=self._optional(f"{attend}q_norm.weight"),
-                k_norm=self._optional(f"{attend}k_norm.weight"),
-                epsilon=shape.epsilon,
-                window=window,
-            )
-            tape.linear(mixed, [self._product(f"{attend}o_proj", mixed, delta, add_to=x)])
-            tape.norm(x, self._vector(f"{block}post_attention_layernorm.weight"), shape.epsilon, h)
-            tape.linear(
-                h,
-                [self._product(f"{mlp}gate_proj", h, gate), self._product(f"{mlp}up_proj", h, up)],
-            )
-            tape.gate(gate, up)
-            tape.linear(gate, [self._product(f"{mlp}down_proj", gate, delta, add_to=x)])
-        tape.head()
-        tape.norm(x, self._vector("model.norm.weight"), shape.epsilon, h)
-        head = table
-        if "lm_head.weight" in self._tensors:
-            head = self._matrix("lm_head.weight", shape.vocab, shape.hidden)
-        tape.linear(h, [ops.Product(head, logits)])
-
-        self._runner = ops.Runner(
-            tape,
-            ops.Team(self.threads),
-            hidden=x,
-            result=logits,
-            frequencies=inverse_frequencies(shape.rope, shape.head_dim),
-            amplitude=shape.rope.attention_factor,
-            rows=self.rows,
-        )
-        self._tape = tape
+        self.rows = min(CHUNK, shape.context)
+        self._graph = graph = Graph(shape, weights, ops)
+        table = graph.embed()
+        for layer in range(shape.layers):
+            graph.block(layer)
+        logits = graph.head(table)
+        self._runner = graph.runner(ops.Team(self.threads), self.rows, logits)
+        self.weight_bytes = weights.nbytes
 
     def cache(self) -> Any:
         """An empty cache of keys and values for one sequence."""
-        return self._ops.Cache(self._tape, self.shape.kv_heads, self.shape.context)
+        return self._graph.cache()
 
     def run(self, tokens: np.ndarray, start: int, cache: Any, results: int) -> np.ndarray:
         """Logits f32 ``[results, vocab]`` of the last ``results`` of ``tokens`` (int64 ``[n]``,
@@ -160,37 +266,3 @@ class Decoder:
     def close(self) -> None:
         """End the threads."""
         self._runner.team.close()
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
-        if name not in self._tensors:
-            raise CorruptFileError(self._path, f"the tensor {name} is missing")
-        tensor = self._tensors[name]
-        if tensor.shape != shape:
-            raise CorruptFileError(
-                self._path, f"the tensor {name} is {list(tensor.shape)}, not {list(shape)}"
-            )
-        return tensor
-
-    def _matrix(self, name: str, rows: int, cols: int) -> Any:
-        tensor = self._tensor(name, (rows, cols))
-        matrix = self._ops.Matrix(tensor.read(), tensor.encoding, rows, cols)
-        self.weight_bytes += matrix.nbytes
-        return matrix
-
-    def _product(self, name: str, x: Any, out: Any, add_to: Any = None) -> Any:
-        matrix = self._matrix(f"{name}.weight", out.width, x.width)
-        return self._ops.Product(matrix, out, self._optional(f"{name}.bias"), add_to)
-
-    def _vector(self, name: str) -> np.ndarray:
-        if name not in self._tensors:
-            raise CorruptFileError(self._path, f"the tensor {name} is missing")
-        tensor = self._tensors[name]
-        vector = load_reference().decode(tensor.read(), tensor.encoding)
-        return vector.reshape(-1)
-
-    def _optional(self, name: str) -> np.ndarray | None:
-        return self._vector(name) if name in self._tensors else None
-
-
-def _named(q: Any, k: Any, v: Any) -> list[tuple[str, Any]]:
-    return [("q", q), ("k", k), ("v", v)]
