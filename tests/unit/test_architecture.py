@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     {"errors", "version", "gguf_values", "texts"},
     {"encodings"},
-    {"ops", "targets", "recipes", "sampling", "tokenizer"},
+    {"ops", "grids", "targets", "recipes", "sampling", "tokenizer"},
     {"accel", "fallback"},
     {"models"},
     {"sources", "plan"},
