@@ -186,10 +186,12 @@ class Runner:
             if len(segment.steps):
                 self.team.walk(segment.steps, frame, self.tape.length)
             for hosted in segment.hosted:
-                if not isinstance(hosted, Tap):
-                    _host(*hosted, arrays, tokens, n)
-                elif watch is not None:
-                    watch(hosted.name, arrays[hosted.buffer.number][:n, : hosted.buffer.width])
+                if isinstance(hosted, Tap):
+                    if watch is not None:
+                        watch(hosted.name, arrays[hosted.buffer.number][:n, : hosted.buffer.width])
+                else:
+                    product, x = hosted
+                    _host(product, x, arrays, tokens, n)
 
 
 _NO_TOKENS = np.zeros(0, np.int64)

@@ -86,10 +86,9 @@ class Tape:
         self.head_dim = 0
         self._steps: list[list[int]] = []
         self._hosted: dict[int, list[Hosted]] = {}
-        self._before_head: dict[int, list[Hosted]] = {}
         self._kept: list[Any] = []
         self._scratch = 0
-        self._head = 0
+        self._head: tuple[int, dict[int, list[Hosted]]] | None = None
 
     @property
     def length(self) -> int:
@@ -183,10 +182,10 @@ class Tape:
 
     def head(self) -> None:
         """What follows is for the positions whose result is asked for only."""
-        self._head, self._before_head, self._hosted = len(self._steps), self._hosted, {}
+        self._head, self._hosted = (len(self._steps), self._hosted), {}
 
     def segments(self) -> tuple[list[Segment], list[Segment]]:
-        """The steps before :meth:`head` and those after it."""
+        """The steps before :meth:`head`, all without one, and those after it."""
         table = np.zeros((len(self._steps), fr.STEP_FIELDS), np.int64)
         for row, fields in zip(table, self._steps, strict=True):
             row[: len(fields)] = fields
@@ -198,8 +197,11 @@ class Tape:
                 start = stop
             return [*found, Segment(table[start:end], [])]
 
-        body = cut(0, self._head, self._before_head)
-        return body, cut(self._head, len(self._steps), self._hosted)
+        end = len(self._steps)
+        if self._head is None:
+            return cut(0, end, self._hosted), []
+        head, before = self._head
+        return cut(0, head, before), cut(head, end, self._hosted)
 
     def scratch_bytes(self, capacity: int) -> int:
         """What one thread needs, for a cache of ``capacity`` positions."""

@@ -1,0 +1,256 @@
+"""A model run one layer at a time, so that no more of it than that is in memory.
+
+    with LayerRunner(checkpoint, ids) as runner:
+        for logits in runner.logits(results):
+            ...
+
+All sequences go through a layer before the next one is read. Between layers only their hidden
+states are kept, in memory or, when they are many, in a file without a name. Every sequence is
+computed just as :class:`mlxedge.models.decoder.Decoder` does it, bit for bit, whatever the number
+of threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxedge.errors import BadWeightsError, DiskFullError, UsageError
+from mlxedge.models.decoder import CHUNK, TABLE, Graph, Weights, shape_of
+from mlxedge.ops import load_forward
+
+if TYPE_CHECKING:
+    from mlxedge.sources.checkpoint import Checkpoint
+
+#: Called with the names of the weights that share an input, and some rows of it: f32
+#: ``[n, width]``, which is overwritten as soon as the call returns.
+Watch = Callable[[tuple[str, ...], np.ndarray], None]
+#: Called with steps done, steps in all (the layers of every sequence), and what runs now.
+ProgressHook = Callable[[int, int, str], None]
+
+#: Hidden states up to this size stay in memory.
+MEMORY_BYTES = 1 << 30
+#: Rows of the embedding that are read together: few, where the tokens lie far apart.
+_NEAR = 16
+_SLAB_BYTES = 8 << 20
+
+
+class HiddenStates:
+    """f32 ``[length, width]`` of each of ``count`` sequences; in a file beyond ``memory_bytes``.
+
+    Raises DiskFullError if ``folder`` (by default the system's for temporary files) has no room.
+    """
+
+    def __init__(
+        self, count: int, length: int, width: int, folder: Path | None, memory_bytes: int
+    ) -> None:
+        self.count, self._shape = count, (length, width)
+        self._bytes = 4 * length * width
+        self._array: np.ndarray | None = None
+        self._file: Any = None
+        if count * self._bytes <= memory_bytes:
+            self._array = np.zeros((count, length, width), np.float32)
+        else:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+
+    def read(self, index: int) -> np.ndarray:
+        """A copy of one sequence's states."""
+        if self._array is not None:
+            return self._array[index].copy()
+        states = np.empty(self._shape, np.float32)
+        self._file.seek(index * self._bytes)
+        view = states.data.cast("B")
+        while view:
+            view = view[self._file.readinto(view) :]
+        return states
+
+    def write(self, index: int, states: np.ndarray) -> None:
+        if self._array is not None:
+            self._array[index] = states
+            return
+        self._file.seek(index * self._bytes)
+        view = np.ascontiguousarray(states, np.float32).data.cast("B")
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            raise DiskFullError(
+                f"no room for the hidden states ({self.count * self._bytes} bytes) among the "
+                f"temporary files: {error.strerror}; use fewer tokens, or set TMPDIR"
+            ) from error
+
+    def close(self) -> None:
+        self._array = None
+        if self._file is not None:
+            self._file.close()
+
+
+class LayerRunner(AbstractContextManager["LayerRunner"]):
+    """Runs ``ids`` (int ``[sequences, length]``), each sequence on its own from position 0.
+
+    ``checkpoint`` is a prepared one (``mlxedge.prepare``) and stays open as long as the runner.
+    ``threads`` defaults to the processors that this process may use; ``folder`` is where hidden
+    states go that ``memory_bytes`` do not hold. ``done`` counts the layers that all sequences have
+    been through.
+
+    Raises UsageError for ids beyond the vocabulary and sequences that are empty or exceed the
+    context, CorruptFileError for a tensor that is missing or has another shape, and BadWeightsError
+    when activations are not finite.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: np.ndarray,
+        threads: int | None = None,
+        *,
+        folder: Path | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        self.shape = shape = shape_of(checkpoint.config)
+        self._checkpoint, self._ops = checkpoint, load_forward()
+        self._ids = np.ascontiguousarray(ids, np.int64)
+        _check(self._ids, shape.vocab, shape.context)
+        self.sequences, self.length = self._ids.shape
+        self._weights = Weights(checkpoint, self._ops)
+        self._rows = min(CHUNK, shape.context)
+        self.done = 0
+        self.states = HiddenStates(self.sequences, self.length, shape.hidden, folder, memory_bytes)
+        self.threads = threads or self._ops.available_threads()
+        self._team = self._ops.Team(self.threads)
+        self._embedded = False
+
+    def restore(self, done: int, states: Callable[[int], np.ndarray]) -> None:
+        """Go on after ``done`` layers, from hidden states f32 ``[length, hidden]`` by sequence."""
+        for index in range(self.sequences):
+            self.states.write(index, states(index))
+        self.done, self._embedded = done, True
+
+    def step(self, watch: Watch | None = None, progress: ProgressHook | None = None) -> None:
+        """Take all sequences through the next layer."""
+        self._embed()
+        graph = Graph(self.shape, self._weights, self._ops, tapped=watch is not None)
+        graph.block(self.done)
+        runner, cache = graph.runner(self._team, self._rows), graph.cache()
+        for index in range(self.sequences):
+            if progress:
+                steps = self.done * self.sequences + index
+                progress(steps, self.shape.layers * self.sequences, f"layer {self.done}")
+            states = self.states.read(index)
+            for first in range(0, self.length, self._rows):
+                runner.advance(states[first : first + self._rows], first, cache, watch)
+            if not np.isfinite(states).all():
+                raise BadWeightsError(
+                    f"{self._checkpoint.origin.path}: the activations of layer {self.done} are "
+                    "not finite, so its weights are damaged or out of range"
+                )
+            self.states.write(index, states)
+        self.done += 1
+
+    def run(self, watch: Watch | None = None, progress: ProgressHook | None = None) -> None:
+        """Take all sequences through the layers that are left."""
+        self._embed()
+        while self.done < self.shape.layers:
+            self.step(watch, progress)
+        if progress:
+            progress(self.done * self.sequences, self.done * self.sequences, "")
+
+    def logits(
+        self, results: int, *, most: int | None = None, progress: ProgressHook | None = None
+    ) -> Iterator[np.ndarray]:
+        """Logits of the last ``results`` positions of each sequence, after the last layer.
+
+        One array f32 ``[results, vocab]`` a sequence, in order; with ``most`` (two at least)
+        several of up to that many positions, so that a large vocabulary needs no large buffer. The
+        head is held in memory meanwhile.
+        """
+        if not 0 < results <= self.length:
+            raise UsageError(f"{results} results of {self.length} positions")
+        self.run(progress=progress)
+        graph = Graph(self.shape, self._weights, self._ops)
+        result = graph.head()
+        pieces = self._pieces(self.length - results, most or self._rows)
+        runner = graph.runner(self._team, max(stop - first for first, stop in pieces), result)
+        for index in range(self.sequences):
+            states = self.states.read(index)
+            found = (runner.project(states[first:stop]) for first, stop in pieces)
+            if most is not None:
+                yield from found
+            else:
+                yield next(found) if len(pieces) == 1 else np.concatenate(list(found))
+
+    def _pieces(self, first: int, most: int) -> list[tuple[int, int]]:
+        """The positions from ``first`` on, cut where a pass over the whole model would be, and
+        there evenly: one position alone is summed in another order than several."""
+        pieces = []
+        while first < self.length:
+            stop = min(first // self._rows * self._rows + self._rows, self.length)
+            cuts = np.linspace(first, stop, -(-(stop - first) // most) + 1).astype(int).tolist()
+            pieces += list(itertools.pairwise(cuts))
+            first = stop
+        return pieces
+
+    def watch_head(self, watch: Watch) -> None:
+        """Show the input of the head, of all positions, after the last layer."""
+        self.run()
+        graph = Graph(self.shape, self._weights, self._ops, tapped=True)
+        graph.final_norm()
+        runner = graph.runner(self._team, self._rows)
+        for index in range(self.sequences):
+            states = self.states.read(index)
+            for first in range(0, self.length, self._rows):
+                runner.project(states[first : first + self._rows], watch)
+
+    def close(self) -> None:
+        """End the threads and free the hidden states."""
+        self._team.close()
+        self.states.close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _embed(self) -> None:
+        """The rows of the tokens, read where they stand: the table is never held."""
+        if self._embedded:
+            return
+        shape = self.shape
+        tensor = self._weights.tensor(TABLE, (shape.vocab, shape.hidden))
+        used = np.unique(self._ids)
+        slab = max(1, _SLAB_BYTES // max(1, tensor.nbytes // tensor.rows))
+        # A group ends where the next token is far, or where the slab is full.
+        cuts = [0]
+        for i in range(1, len(used)):
+            if used[i] - used[i - 1] > _NEAR or used[i] - used[cuts[-1]] >= slab:
+                cuts.append(i)
+        rows = np.empty((len(used), shape.hidden), np.float32)
+        for start, stop in zip(cuts, [*cuts[1:], len(used)], strict=True):
+            first, last = int(used[start]), int(used[stop - 1]) + 1
+            parts = tensor.read_rows(first, last)
+            matrix = self._ops.Matrix(parts, tensor.encoding, last - first, shape.hidden)
+            rows[start:stop] = matrix.decode()[used[start:stop] - first]
+        for index, tokens in enumerate(self._ids):
+            self.states.write(index, rows[np.searchsorted(used, tokens)])
+        self._embedded = True
+
+
+def _check(ids: np.ndarray, vocab: int, context: int) -> None:
+    if ids.ndim != 2 or not ids.size:
+        raise UsageError(f"ids are {list(ids.shape)}: they must be [sequences, length], not empty")
+    if ids.shape[1] > context:
+        raise UsageError(f"{ids.shape[1]} tokens do not fit the model's context of {context}")
+    if ids.min() < 0 or ids.max() >= vocab:
+        wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        raise UsageError(f"token {wrong} is not in the model's vocabulary of {vocab}")
