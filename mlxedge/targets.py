@@ -18,8 +18,10 @@ from mlxedge.errors import UsageError
 Format = Literal["mlx", "gguf", "hf"]
 
 GGUF_RECIPES = (
-    *PLAIN, "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l",
-    "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k",
+    *PLAIN, "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l",
+    "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s",
+    "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0",
+    "mxfp4_moe",
 )  # fmt: skip
 _AFFINE = re.compile(r"(\d+)bit(?:-g(\d+))?")
 

@@ -15,9 +15,12 @@ from mlxedge.outputs.folder import window_notes
 from mlxedge.outputs.gguf_file import ALIGNMENT, header_bytes
 from mlxedge.plan import DataFile, OutputPlan, PlannedTensor, how_to_make, place_parts
 from mlxedge.recipes import llama_cpp
+from mlxedge.recipes.overrides import NONE, Overrides
 from mlxedge.targets import Target
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from mlxedge.sources.checkpoint import Checkpoint
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
@@ -31,11 +34,18 @@ def plan_gguf(
     path: Path,
     *,
     pre: str | None = None,
+    overrides: Overrides = NONE,
+    imatrix: bool = False,
+    known: Container[str] | None = None,
 ) -> OutputPlan:
     """Plan one GGUF file.
 
-    ``pre`` names the pre-tokenizer by hand. Raises UnsupportedModelError for a tensor that
-    the architecture does not have in GGUF, TokenizerError if the tokenizer cannot be expressed.
+    ``pre`` names the pre-tokenizer by hand. ``imatrix`` tells whether matrices will be encoded with
+    the importance of their columns, which changes the mix; ``known`` holds the source's names of
+    those for which it is known, ``None`` for all. Raises UnsupportedModelError for a tensor that
+    the architecture does not have in GGUF, TokenizerError if the tokenizer cannot be expressed,
+    UsageError for an override without a tensor and for a type that needs the importance and does
+    not get it.
     """
     from mlxedge.tokenizer import to_gguf
 
@@ -51,7 +61,15 @@ def plan_gguf(
 
     extra = spec.gguf_extra(config)
     shapes = [(names[n][0], t.shape) for n, t in checkpoint.tensors.items()]
-    choices = llama_cpp.choose(target.recipe, shapes, _shape(spec, config))
+    notes = overrides.unmatched("gguf", [n for n, dims in shapes if llama_cpp.is_open(n, dims)])
+    choices = llama_cpp.choose(
+        target.recipe, shapes, _shape(spec, config), has_imatrix=imatrix, overrides=overrides
+    )
+    llama_cpp.check_importance(
+        target.recipe,
+        choices,
+        {names[n][0] for n in names if imatrix and (known is None or n in known)},
+    )
 
     planned: list[PlannedTensor] = []
     offset = 0
@@ -100,7 +118,7 @@ def plan_gguf(
         tuple((len(header) + at, chunk) for at, chunk in constants),
     )
     plan = OutputPlan(target, path, target.recipe.upper(), shifted, [data], {})
-    plan.notes += window_notes(spec, config, "llama.cpp")
+    plan.notes += [*notes, *window_notes(spec, config, "llama.cpp")]
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: llama.cpp can load but not tokenize")
     return plan

@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxedge.encodings import MLX_FLOAT, PLAIN, Affine, Encoding
+from mlxedge.encodings import MLX_FLOAT, PLAIN, Affine, Encoding, MlxFloat
 from mlxedge.models.spec import ModelSpec
 from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card, window_notes
 from mlxedge.outputs.safetensors_file import lay_out
 from mlxedge.plan import CanTranscode, OutputPlan, PlannedTensor, how_to_make
+from mlxedge.recipes.overrides import NONE, Overrides, Role, with_scales
 from mlxedge.targets import Target
 
 if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
+
+#: By the GGUF name, which every architecture has the same.
+_ROLES: dict[str, Role] = {"output.weight": "output", "token_embd.weight": "embedding"}
 
 
 def plan_mlx(
@@ -25,27 +29,33 @@ def plan_mlx(
     *,
     dtype: str,
     can_transcode: CanTranscode,
+    overrides: Overrides = NONE,
 ) -> OutputPlan:
-    """Plan one MLX folder. ``dtype`` is that of scales and of unquantized tensors."""
+    """Plan one MLX folder. ``dtype`` is that of scales and of unquantized tensors.
+
+    Raises UsageError for an override without a tensor.
+    """
     quantized = _encoding(target, dtype)
     if quantized is None:
         dtype = target.recipe
+    matrices = [name for name, source in checkpoint.tensors.items() if len(source.shape) > 1]
+    notes = overrides.unmatched("mlx", matrices)
+    told = _told(matrices, spec, overrides)
     tensors = []
     for name, source in checkpoint.tensors.items():
         encoding, reason = _choose(source, quantized, dtype)
+        if name in told:
+            encoding, reason = _choose(source, with_scales(told[name], dtype), dtype)
+            reason = reason or (None if encoding == quantized else "as told")
         how = how_to_make(source, encoding, can_transcode(source.encoding, encoding))
         tensors.append(PlannedTensor(name, name, source.shape, encoding, how, reason=reason))
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "mlx"}, parameters)
 
     made = clean_config(spec.mlx_config(config), dtype)
-    if quantized is not None:
-        made["quantization"] = {
-            "group_size": quantized.block,
-            "bits": target.bits or MLX_FLOAT[target.recipe].bits,
-            "mode": "affine" if target.bits else target.recipe,
-        }
-        made["quantization_config"] = dict(made["quantization"])
+    if settings := _quantization(quantized, dtype, tensors, told):
+        made["quantization"] = settings
+        made["quantization_config"] = dict(settings)
     files = common_files(checkpoint) | {
         "config.json": json_bytes(made),
         "model.safetensors.index.json": layout.index,
@@ -53,7 +63,7 @@ def plan_mlx(
     }
     label = quantized.name if quantized else dtype
     plan = OutputPlan(target, path, label, layout.tensors, layout.files, files)
-    plan.notes += window_notes(spec, config, "mlx-lm")
+    plan.notes += [*notes, *window_notes(spec, config, "mlx-lm")]
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: mlx-lm can load but not tokenize")
     return plan
@@ -63,6 +73,45 @@ def _encoding(target: Target, dtype: str) -> Affine | Encoding | None:
     if target.bits:
         return Affine(target.bits, target.group or 64, dtype)
     return MLX_FLOAT.get(target.recipe)
+
+
+def _told(matrices: list[str], spec: ModelSpec, overrides: Overrides) -> dict[str, Encoding]:
+    """What the user wants, by the name of the matrix."""
+    if not overrides:
+        return {}
+    roles: dict[str, Role] = {}
+    for name in matrices:
+        mapped = spec.to_gguf(name)
+        if mapped and mapped[0] in _ROLES:
+            roles[name] = _ROLES[mapped[0]]
+    tied = "output" not in roles.values()
+    found = {name: overrides.find(name, "mlx", roles.get(name), tied) for name in matrices}
+    return {name: encoding for name, encoding in found.items() if encoding is not None}
+
+
+def _quantization(
+    main: Encoding | None,
+    dtype: str,
+    tensors: list[PlannedTensor],
+    told: dict[str, Encoding],
+) -> dict[str, Any]:
+    """config.json's ``quantization``: how most matrices are quantized, and by the path of its
+    module what is quantized otherwise or, as the user wants it, not at all. mlx-lm asks for an
+    entry first, then for scales."""
+    own: dict[str, Any] = {}
+    for tensor in tensors:
+        if tensor.name in told and tensor.encoding != main:
+            found = _settings(tensor.encoding)
+            if found or main is not None:
+                own[tensor.name.removesuffix(".weight")] = found or False
+    settings = _settings(main) if main else next((v for v in own.values() if v), {})
+    return settings | own
+
+
+def _settings(encoding: Encoding) -> dict[str, Any]:
+    if isinstance(encoding, (Affine, MlxFloat)):
+        return {"group_size": encoding.group, "bits": encoding.bits, "mode": encoding.mode}
+    return {}
 
 
 def _choose(

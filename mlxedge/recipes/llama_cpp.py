@@ -1,64 +1,51 @@
 """Which ggml type each tensor gets: llama.cpp's own mixes.
 
-The rules are those of ``llama_tensor_get_type`` and ``tensor_allows_quantization`` in llama.cpp's
-src/llama-quant.cpp, as vendored by llama-cpp-python 0.3.36, without an imatrix.
+The rules are those of ``llama_tensor_get_type``, ``tensor_allows_quantization`` and
+``tensor_requires_imatrix`` in llama.cpp's src/llama-quant.cpp, as vendored by llama-cpp-python
+0.3.36, for the architectures that mlxedge writes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from mlxedge.encodings import F16, F32, GGML, PLAIN, Encoding
-
-#: Recipe → (type of most matrices, ``general.file_type``: llama.h's ``enum llama_ftype``).
-RECIPES: dict[str, tuple[str, int]] = {
-    "f32": ("f32", 0),
-    "f16": ("f16", 1),
-    "bf16": ("bf16", 32),
-    "q4_0": ("q4_0", 2),
-    "q4_1": ("q4_1", 3),
-    "q8_0": ("q8_0", 7),
-    "q5_0": ("q5_0", 8),
-    "q5_1": ("q5_1", 9),
-    "q2_k": ("q2_k", 10),
-    "q3_k_s": ("q3_k", 11),
-    "q3_k_m": ("q3_k", 12),
-    "q3_k_l": ("q3_k", 13),
-    "q4_k_s": ("q4_k", 14),
-    "q4_k_m": ("q4_k", 15),
-    "q5_k_s": ("q5_k", 16),
-    "q5_k_m": ("q5_k", 17),
-    "q6_k": ("q6_k", 18),
-}
-
-#: What a type becomes where the row is not a multiple of its block of 256.
-SHAPE_FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+from mlxedge.errors import UsageError
+from mlxedge.recipes.llama_cpp_mixes import (
+    RECIPES,
+    SHAPE_FALLBACK,
+    Place,
+    Shape,
+    head_type,
+    mix,
+)
+from mlxedge.recipes.overrides import NONE, Overrides, Role
 
 #: Matrices that are never quantized, by a part of their name.
 _KEPT = (
     "_norm.weight",
     "ffn_gate_inp.weight",
+    "ffn_gate_tid2eid.weight",
     "altup",
     "laurel",
     "per_layer_model_proj",
     "ssm_conv1d",
     "shortconv.conv.weight",
+    "indexer.k_proj.weight",
+    "indexer.q_proj.weight",
     "attn_rel_b.weight",
     "position_embd",
     "token_types",
 )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the rules ask about a model. ``gqa`` is query heads per key/value head in layer 0."""
-
-    layers: int
-    gqa: int
-    experts: int = 0
-    is_70b: bool = False
+_LAYER_EMBEDDINGS = "per_layer_token_embd.weight"
+_EMBEDDINGS = ("token_embd.weight", _LAYER_EMBEDDINGS)
+_ROLES: dict[str, Role] = {"output": "output", "token_embd": "embedding"}
+#: What comes out as garbage without an importance matrix; llama.cpp refuses it, but for the head.
+_BLIND = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
+#: What ggml has no encoder for without an importance matrix, not for the head either.
+_NEVER_BLIND = ("iq1_s", "iq2_xxs", "iq2_xs")
 
 
 @dataclass(frozen=True)
@@ -69,54 +56,25 @@ class Choice:
     reason: str | None = None
 
 
-def _more_bits(i: int, n: int) -> bool:
-    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
-
-
-#: A rule gets the ordinal of the tensor among its kind, their number, and the shape; it returns a
-#: type, or ``None`` for the recipe's main type.
-_Rule = Callable[[int, int, Shape], str | None]
-
-_ATTN_V: dict[str, _Rule] = {
-    "q2_k": lambda i, n, s: "q4_k" if s.gqa >= 4 else "q3_k",
-    "q3_k_m": lambda i, n, s: "q5_k" if i < 2 else "q4_k",
-    "q3_k_l": lambda i, n, s: "q5_k",
-    "q4_k_s": lambda i, n, s: "q5_k" if i < 4 else None,
-    "q4_k_m": lambda i, n, s: "q6_k" if _more_bits(i, n) else None,
-    "q5_k_m": lambda i, n, s: "q6_k" if _more_bits(i, n) else None,
-}
-_FFN_DOWN: dict[str, _Rule] = {
-    "q2_k": lambda i, n, s: "q3_k",
-    "q3_k_m": lambda i, n, s: "q5_k" if i < n // 16 else "q4_k",
-    "q3_k_l": lambda i, n, s: "q5_k",
-    "q4_k_s": lambda i, n, s: "q5_k" if i < n // 8 else None,
-    "q4_k_m": lambda i, n, s: "q6_k" if _more_bits(i, n) else None,
-    "q5_k_m": lambda i, n, s: "q6_k" if _more_bits(i, n) else None,
-}
-_EIGHT_EXPERTS_OUT = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m")
-_ATTN_OUTPUT: dict[str, _Rule] = {
-    "q2_k": lambda i, n, s: "q3_k",
-    "q3_k_m": lambda i, n, s: "q4_k",
-    "q3_k_l": lambda i, n, s: "q5_k",
-}
+_CATEGORIES = (
+    ("attn_qkv.weight", "attn_v"),
+    ("attn_kv_b.weight", "attn_v"),
+    ("attn_v.weight", "attn_v"),
+    ("attn_k.weight", "attn_k"),
+    ("attn_q.weight", "attn_q"),
+    ("attn_output.weight", "attn_output"),
+    ("ffn_up", "ffn_up"),
+    ("ffn_gate", "ffn_gate"),
+    ("ffn_down", "ffn_down"),
+)
 
 
 def _category(name: str) -> str:
     if name == "output.weight":
         return "output"
-    if name in ("token_embd.weight", "per_layer_token_embd.weight"):
+    if name in _EMBEDDINGS:
         return "token_embd"
-    for part, category in (
-        ("attn_qkv.weight", "attn_v"),
-        ("attn_kv_b.weight", "attn_v"),
-        ("attn_v.weight", "attn_v"),
-        ("attn_k.weight", "attn_k"),
-        ("attn_output.weight", "attn_output"),
-        ("ffn_down", "ffn_down"),
-    ):
-        if part in name:
-            return category
-    return "other"
+    return next((category for part, category in _CATEGORIES if part in name), "other")
 
 
 def _sort_key(name: str) -> tuple[int, str]:
@@ -125,35 +83,83 @@ def _sort_key(name: str) -> tuple[int, str]:
 
 
 def choose(
-    recipe: str, tensors: Iterable[tuple[str, tuple[int, ...]]], shape: Shape
+    recipe: str,
+    tensors: Iterable[tuple[str, tuple[int, ...]]],
+    shape: Shape,
+    *,
+    has_imatrix: bool = False,
+    overrides: Overrides = NONE,
 ) -> dict[str, Choice]:
     """The encoding of every tensor, by GGUF name.
 
     ``tensors`` are (GGUF name, shape ``[..., cols]``); the order does not matter, since llama.cpp
-    counts layers in the order of its own sorted list.
+    counts layers in the order of its own sorted list. ``has_imatrix``: whether the weights will be
+    encoded with an importance matrix, which changes some mixes. ``overrides`` count as they do in
+    llama-quantize, but also where it ignores them: for the head of tied models in ``pure`` ones,
+    and where the recipe is f32, f16 or bf16.
     """
-    base = RECIPES[recipe][0]
     items = sorted(tensors, key=lambda item: _sort_key(item[0]))
-    names = {name for name, _ in items}
-    tied = "output.weight" not in names
-    counts: dict[str, int] = {}
-    attn_v = sum(_category(n) == "attn_v" for n in names)
-    totals = {"attn_v": attn_v, "ffn_down": shape.layers}
+    mixer = _Mixer(recipe, [name for name, _ in items], shape, has_imatrix, overrides)
+    return {name: mixer.choose(name, dims) for name, dims in items}
 
-    chosen: dict[str, Choice] = {}
-    for name, dims in items:
+
+class _Mixer:
+    """Goes through the tensors in llama.cpp's order and counts as it does."""
+
+    def __init__(
+        self, recipe: str, names: list[str], shape: Shape, has_imatrix: bool, overrides: Overrides
+    ) -> None:
+        self.recipe, self.shape = recipe, shape
+        self.base = RECIPES[recipe][0]
+        self.has_imatrix, self.overrides = has_imatrix, overrides
+        self.tied = "output.weight" not in names
+        # Only what a mix decided is counted, not what was overridden.
+        self.counts: dict[str, int] = {}
+        self.totals = dict.fromkeys(("ffn_up", "ffn_gate", "ffn_down"), shape.layers)
+        self.totals["attn_v"] = sum(_category(name) == "attn_v" for name in names)
+
+    def choose(self, name: str, dims: tuple[int, ...]) -> Choice:
         if reason := _kept(name, dims):
-            chosen[name] = Choice(F32, reason)
-            continue
-        if base in PLAIN:
-            chosen[name] = Choice(PLAIN[base])
-            continue
+            return Choice(F32, reason)
         category = _category(name)
-        ordinal = counts.get(category, 0)
-        counts[category] = ordinal + 1
-        kind, reason = _rule(recipe, base, category, name, dims[-1], ordinal, totals, shape, tied)
-        chosen[name] = _fit(kind, dims[-1], reason)
-    return chosen
+        if told := self._told(name, category):
+            return _fit(told, dims[-1], None if told.name == self.base else "as told")
+        if self.base in PLAIN:
+            return Choice(PLAIN[self.base])
+        if self.overrides.pure:
+            return _fit(GGML[self.base], dims[-1], None)
+        kind, reason = self._mix(name, category, dims)
+        return _fit(kind, dims[-1], reason)
+
+    def _told(self, name: str, category: str) -> Encoding | None:
+        """What the user wants for this tensor."""
+        if name == _LAYER_EMBEDDINGS and (rule := self.overrides.named(name, "gguf")):
+            return rule  # a large table of its own, which may be named on its own
+        return self.overrides.find(name, "gguf", _ROLES.get(category), self.tied)
+
+    def _mix(self, name: str, category: str, dims: tuple[int, ...]) -> tuple[Encoding, str | None]:
+        cols = dims[-1]
+        if category == "output" or (category == "token_embd" and self.tied):
+            what = "tied embedding and output" if self.tied else "output"
+            kind, why = head_type(self.recipe, self.base, cols)
+            return GGML[kind], None if kind == self.base else f"{what}: {why}"
+        ordinal = self.counts.get(category, 0)
+        self.counts[category] = ordinal + 1
+        place = Place(
+            category=category,
+            ordinal=ordinal,
+            total=self.totals.get(category, 0),
+            layer=_sort_key(name)[0],
+            stacked=len(dims) > 2 and dims[-3] > 1,
+            has_imatrix=self.has_imatrix,
+        )
+        kind = mix(self.recipe, self.base, place, self.shape)
+        return GGML[kind], None if kind == self.base else f"{self.recipe} mix"
+
+
+def is_open(name: str, dims: tuple[int, ...]) -> bool:
+    """Whether llama.cpp would quantize this tensor at all."""
+    return _kept(name, dims) is None
 
 
 def _kept(name: str, dims: tuple[int, ...]) -> str | None:
@@ -164,57 +170,37 @@ def _kept(name: str, dims: tuple[int, ...]) -> str | None:
     return None
 
 
-def _rule(
-    recipe: str,
-    base: str,
-    category: str,
-    name: str,
-    cols: int,
-    ordinal: int,
-    totals: dict[str, int],
-    shape: Shape,
-    tied: bool,
-) -> tuple[str, str | None]:
-    mix = f"{recipe} mix"
-    kind: str | None = None
-    if category == "output" or (category == "token_embd" and tied):
-        what = "tied embedding and output" if tied else "output"
-        if cols % GGML[base].block:
-            return "q8_0", f"{what}: rows of {cols} do not divide into blocks of 256"
-        kind = "q8_0" if base == "q8_0" else "q6_k"
-        return kind, None if kind == base else f"{what}: {mix}"
-    if category == "attn_v":
-        if rule := _ATTN_V.get(recipe):
-            kind = rule(ordinal, totals["attn_v"], shape)
-        if shape.is_70b and (kind or base) in ("q3_k", "q4_k"):
-            kind = "q5_k"
-        if shape.experts == 8:
-            kind = "q8_0"
-    elif category == "attn_k":
-        kind = "q8_0" if shape.experts == 8 else None
-    elif category == "ffn_down":
-        if rule := _FFN_DOWN.get(recipe):
-            layer = _sort_key(name)[0] if shape.experts > 1 else ordinal
-            kind = rule(layer, totals["ffn_down"], shape)
-    elif category == "attn_output":
-        if shape.experts == 8:
-            kind = "q5_k" if recipe in _EIGHT_EXPERTS_OUT else None
-        elif rule := _ATTN_OUTPUT.get(recipe):
-            kind = rule(ordinal, 0, shape)
-    if kind is None or kind == base:
-        return base, None
-    return kind, mix
-
-
-def _fit(kind: str, cols: int, reason: str | None) -> Choice:
-    encoding: Encoding = GGML[kind]
+def _fit(encoding: Encoding, cols: int, reason: str | None) -> Choice:
     if cols % encoding.block == 0:
         return Choice(encoding, reason)
     why = f"rows of {cols} do not divide into blocks of {encoding.block}"
-    encoding = GGML[SHAPE_FALLBACK.get(kind, kind)]
-    if cols % encoding.block:
+    smaller = GGML[SHAPE_FALLBACK.get(encoding.name, encoding.name)]
+    if cols % smaller.block:
         return Choice(F16, f"rows of {cols} divide into no block size")
-    return Choice(encoding, f"{why} ({kind})")
+    return Choice(smaller, f"{why} ({encoding.name})")
+
+
+def needs_importance(recipe: str, name: str, encoding: Encoding) -> bool:
+    """Whether llama.cpp refuses to make this GGUF tensor without an importance matrix for it."""
+    if name == "output.weight" or name in _EMBEDDINGS:
+        return encoding.name in _NEVER_BLIND
+    return encoding.name in _BLIND or (encoding.name == "q2_k" and recipe == "q2_k_s")
+
+
+def check_importance(recipe: str, choices: dict[str, Choice], known: Collection[str]) -> None:
+    """Raise UsageError if a tensor needs an importance and its GGUF name is not in ``known``."""
+    missing = [
+        name
+        for name, choice in choices.items()
+        if name not in known and needs_importance(recipe, name, choice.encoding)
+    ]
+    if missing:
+        count = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise UsageError(
+            f"gguf:{recipe}: {missing[0]}{count} would be {choices[missing[0]].encoding}, which is "
+            "garbage without an importance matrix: calibrate, or give an imatrix file that covers "
+            "the model, or choose a recipe of more bits"
+        )
 
 
 def file_type(recipe: str) -> int:
