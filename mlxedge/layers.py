@@ -12,7 +12,6 @@ of threads.
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -194,7 +193,7 @@ class LayerRunner(AbstractContextManager["LayerRunner"]):
         while first < self.length:
             stop = min(first // self._rows * self._rows + self._rows, self.length)
             cuts = np.linspace(first, stop, -(-(stop - first) // most) + 1).astype(int).tolist()
-            pieces += list(itertools.pairwise(cuts))
+            pieces += pairwise(cuts)
             first = stop
         return pieces
 
