@@ -10,23 +10,26 @@ import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlxedge.errors import (
     DiskFullError,
     UnsupportedModelError,
     UsageError,
 )
+from mlxedge.guidance import plan_guidance
 from mlxedge.outputs.gguf import plan_gguf
 from mlxedge.outputs.hf_dir import plan_hf
 from mlxedge.outputs.mlx_dir import plan_mlx
 from mlxedge.outputs.staging import check_target, partial_dir
-from mlxedge.plan import OutputPlan, Plan
+from mlxedge.plan import OutputPlan, Plan, encodes
 from mlxedge.prepare import check_weights, prepare
+from mlxedge.recipes.overrides import NONE, Overrides
 from mlxedge.record import recorded_fingerprint
 from mlxedge.targets import Target, parse_target
 
 if TYPE_CHECKING:
+    from mlxedge.ops import Quality
     from mlxedge.pipeline import ProgressHook, Report
     from mlxedge.sources.checkpoint import Checkpoint
 
@@ -46,6 +49,9 @@ def convert(
     allow_nan: bool = False,
     threads: int | None = None,
     pre: str | None = None,
+    quality: Quality = "reference",
+    calibrate: str | Path | Literal[False] | None = None,
+    overrides: Overrides = NONE,
     progress: ProgressHook | None = None,
 ) -> Report:
     """Convert ``source`` to every target in ``to``.
@@ -55,6 +61,11 @@ def convert(
     (``mlxedge.targets``). ``out`` is the file or folder to write for a single target, else the
     parent. ``dtype`` ("f32", "f16", "bf16") is that of MLX scales and unquantized MLX tensors, by
     default the source's. ``pre`` names the GGUF pre-tokenizer where it is not known.
+
+    ``quality`` is one of ``mlxedge.ops.Quality``. For "fast" and "best" the model is run on a
+    short text; ``calibrate`` names another (UTF-8), an imatrix file or what ``mlxedge calibrate``
+    wrote, and ``False`` leaves it out, which makes the quality "reference". ``overrides``
+    (``mlxedge.recipes.overrides``) are types for single tensors.
 
     Raises MlxedgeError and its kind; nothing is left at a final path unless it is complete.
     """
@@ -75,6 +86,10 @@ def convert(
             force=force,
             allow_nan=allow_nan,
             pre=pre,
+            quality=quality,
+            calibrate=calibrate,
+            overrides=overrides,
+            threads=threads,
         )
         return run_plan(
             plan,
@@ -97,6 +112,10 @@ def plan_conversion(
     force: bool = False,
     allow_nan: bool = False,
     pre: str | None = None,
+    quality: Quality = "reference",
+    calibrate: str | Path | Literal[False] | None = None,
+    overrides: Overrides = NONE,
+    threads: int | None = None,
 ) -> tuple[Plan, Checkpoint]:
     """Plan without writing anything.
 
@@ -104,7 +123,7 @@ def plan_conversion(
     nothing (buffers, the second copy of a tied head). Raises UnsupportedModelError where the
     runtime of a target cannot compute this model, OutputExistsError, DiskFullError.
     """
-    from mlxedge.ops import default_backend, load_ops, load_reference
+    from mlxedge.ops import QUALITIES, default_backend, load_ops, load_reference
 
     if not targets:
         raise UsageError("no target: name at least one, for example --to mlx:4bit")
@@ -114,6 +133,7 @@ def plan_conversion(
     for what, given, known in (
         ("backend", backend, tuple(CHUNK_WEIGHTS)),
         ("dtype", dtype, tuple(_CONFIG_DTYPE.values())),
+        ("quality", quality, QUALITIES),
     ):
         if given is not None and given not in known:
             raise UsageError(f"unknown {what} {given!r}: choose from {', '.join(known)}")
@@ -123,6 +143,8 @@ def plan_conversion(
         if target.format != "hf" and (why := spec.objections(config, target.format)):
             raise UnsupportedModelError(f"{target.spec}: {'; '.join(why)}")
     check_weights(spec, checkpoint)
+    overrides.check_formats(t.format for t in targets)
+    guidance = plan_guidance(checkpoint, spec, quality, calibrate)
 
     paths = _paths(checkpoint.name, targets, out)
     for path in paths:
@@ -132,16 +154,33 @@ def plan_conversion(
     outputs: list[OutputPlan] = []
     for target, path in zip(targets, paths, strict=True):
         if target.format == "gguf":
-            outputs.append(plan_gguf(checkpoint, spec, config, target, path, pre=pre))
+            outputs.append(
+                plan_gguf(
+                    checkpoint,
+                    spec,
+                    config,
+                    target,
+                    path,
+                    pre=pre,
+                )
+            )
         elif target.format == "mlx":
             outputs.append(
                 plan_mlx(
-                    checkpoint, spec, config, target, path, dtype=dtype, can_transcode=transcodes
+                    checkpoint,
+                    spec,
+                    config,
+                    target,
+                    path,
+                    dtype=dtype,
+                    can_transcode=transcodes,
                 )
             )
         else:
             outputs.append(plan_hf(checkpoint, spec, config, target, path))
+    encoded = {encoding for output in outputs for encoding in encodes(output)}
     plan = Plan(
+        guidance=guidance.needed_for(encoded),
         name=checkpoint.name,
         source=describe_source(checkpoint),
         outputs=outputs,

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from typing import TypeVar
 import numpy as np
 
 from mlxedge.errors import BadWeightsError, TokenizerError, UsageError
-from mlxedge.generate import Model, load
+from mlxedge.generate import load
+from mlxedge.layers import LayerRunner
+from mlxedge.prepare import check_weights, prepare
 from mlxedge.sources import open_source
 from mlxedge.sources.checkpoint import Checkpoint
 from mlxedge.texts import HELDOUT
@@ -37,6 +40,9 @@ CONTEXT = 512
 LEAST_CONTEXT = 8
 #: Logits that one thread widens to f64 at a time: 2 MiB, which stays in its cache.
 _SLAB = 1 << 18
+
+#: The share of this machine's memory that models may fill; beyond, they are run layer by layer.
+_MEMORY_SHARE = 0.6
 
 #: Called with chunks done, chunks in all, and what runs now.
 ProgressHook = Callable[[int, int, str], None]
@@ -103,6 +109,8 @@ def evaluate(
     text: str | None = None,
     context: int = CONTEXT,
     chunks: int | None = None,
+    engine: str = "numpy",
+    by_layer: bool | None = None,
     threads: int | None = None,
     progress: ProgressHook | None = None,
 ) -> Evaluation:
@@ -110,8 +118,11 @@ def evaluate(
 
     Models are whatever ``open_source`` takes, or checkpoints, which are closed. All are held in
     memory and see a chunk in turn; beside their weights it takes the logits of half a chunk for two
-    of them. All run in mlxedge's own forward pass, so that nothing but the weights differs. Without
-    ``text`` it is the one that ships with the package; without ``chunks`` it is all of it.
+    of them. ``by_layer`` instead reads one layer of one model at a time and keeps the hidden states
+    of all chunks, with the same result; by itself it is chosen where the models would fill most of
+    the memory. All run in one ``engine`` ("numpy": mlxedge's own forward pass, "mlx": mlx-lm), so
+    that nothing but the weights differs. Without ``text`` it is the one that ships with the
+    package; without ``chunks`` it is all of it.
 
     Raises what ``open_source`` and ``load`` do; UsageError for a ``context`` that is too short or
     too long, a text shorter than one chunk, and models whose tokens or vocabularies differ;
@@ -133,21 +144,29 @@ def evaluate(
         tokens, bos = _shared_tokens(checkpoints, text)
         chunks = _count(len(tokens), context, chunks)
         sizes = [sum(t.nbytes for t in c.tensors.values()) for c in checkpoints]
-        loaded = [
-            stack.enter_context(load(c, engine="numpy", threads=threads)) for c in checkpoints
+        fed = np.array(tokens[: chunks * context], np.int64).reshape(chunks, context)
+        targets = fed[:, context // 2 + 1 :].copy()
+        if bos is not None:
+            fed[:, 0] = bos
+        if by_layer is None:
+            by_layer = engine == "numpy" and sum(sizes) > _MEMORY_SHARE * _physical_memory()
+        if by_layer and engine != "numpy":
+            raise UsageError(f"engine {engine} holds models whole: use engine numpy by layer")
+        for checkpoint in checkpoints:
+            _check_context(checkpoint, context)
+        streams = [
+            _by_layer(stack, checkpoint, fed[:, :-1], targets.shape[1], threads, progress)
+            if by_layer
+            else _whole(stack, checkpoint, fed[:, :-1], targets.shape[1], engine, threads, progress)
+            for checkpoint in checkpoints
         ]
-        for model in loaded:
-            if context > model.context_length:
-                raise UsageError(
-                    f"{model.name} has a context of {model.context_length} tokens: it cannot run "
-                    f"chunks of {context}; use a smaller context"
-                )
-        pool = stack.enter_context(ThreadPoolExecutor(loaded[0].threads))
-        ids = np.array(tokens[: chunks * context], np.int64).reshape(chunks, context)
-        found = _run(loaded, ids, bos, against is not None, pool, progress)
+        pool = stack.enter_context(ThreadPoolExecutor(threads or os.cpu_count()))
+        found = _run(checkpoints, streams, targets, against is not None, pool)
+        if progress:
+            progress(chunks, chunks, "")
     scores = [
-        _score(model, nbytes, values, found[0])
-        for model, nbytes, values in zip(loaded, sizes, found, strict=True)
+        _score(checkpoint, nbytes, values, found[0])
+        for checkpoint, nbytes, values in zip(checkpoints, sizes, found, strict=True)
     ]
     return Evaluation(
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
@@ -215,45 +234,98 @@ class _Values:
     same: np.ndarray
 
 
-def _run(
-    models: Sequence[Model],
+def _check_context(checkpoint: Checkpoint, context: int) -> None:
+    longest = int(checkpoint.config.get("max_position_embeddings") or 2048)
+    if context > longest:
+        raise UsageError(
+            f"{checkpoint.name} has a context of {longest} tokens: it cannot run chunks of "
+            f"{context}; use a smaller context"
+        )
+
+
+def _physical_memory() -> float:
+    """Bytes of this machine's memory, infinite where it does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+#: The logits of the scored positions of one chunk after the other, f32 ``[scored, vocab]``.
+_Logits = Iterator[np.ndarray]
+
+
+def _whole(
+    stack: ExitStack,
+    checkpoint: Checkpoint,
     ids: np.ndarray,
-    bos: int | None,
+    scored: int,
+    engine: str,
+    threads: int | None,
+    progress: ProgressHook | None,
+) -> _Logits:
+    """The model is loaded now, and run when logits are asked for."""
+    model = stack.enter_context(load(checkpoint, engine=engine, threads=threads))
+    state = model.runner.state()
+
+    def run() -> _Logits:
+        for chunk, tokens in enumerate(ids):
+            if progress:
+                progress(chunk, len(ids), model.name)
+            model.runner.truncate(state, 0)
+            yield model.runner.run(tokens.tolist(), state, scored)
+
+    return run()
+
+
+def _by_layer(
+    stack: ExitStack,
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    scored: int,
+    threads: int | None,
+    progress: ProgressHook | None,
+) -> _Logits:
+    """The layers are run when the first logits are asked for, and the head when others are."""
+    spec, ready = prepare(checkpoint)
+    check_weights(spec, ready)
+    runner = stack.enter_context(LayerRunner(ready, ids, threads))
+
+    def named(done: int, total: int, what: str) -> None:
+        if progress:
+            progress(done, total, f"{ready.name} {what}".rstrip())
+
+    return runner.logits(scored, progress=named)
+
+
+def _run(
+    checkpoints: Sequence[Checkpoint],
+    streams: Sequence[_Logits],
+    targets: np.ndarray,
     compared: bool,
     pool: ThreadPoolExecutor,
-    progress: ProgressHook | None,
 ) -> list[_Values]:
-    chunks, context = ids.shape
-    first = context // 2
-    scored = context - 1 - first
+    """Score what the streams give for ``targets`` int ``[chunks, scored]``."""
+    chunks, scored = targets.shape
     found = [
-        _Values(np.empty(chunks * scored), np.empty(n), np.empty(n, bool))
-        for n in [chunks * scored * (compared and i > 0) for i in range(len(models))]
+        _Values(np.empty(targets.size), np.empty(n), np.empty(n, bool))
+        for n in [targets.size * (compared and i > 0) for i in range(len(streams))]
     ]
-    states = [model.runner.state() for model in models]
-    for chunk, row in enumerate(ids):
+    for chunk in range(chunks):
         here = slice(chunk * scored, (chunk + 1) * scored)
-        tokens = row[:-1].tolist()
-        if bos is not None:
-            tokens[0] = bos
         reference = None
-        for model, state, values in zip(models, states, found, strict=True):
-            if progress:
-                progress(chunk, chunks, model.name)
-            model.runner.truncate(state, 0)
-            logits = model.runner.run(tokens, state, scored)
+        for checkpoint, stream, values in zip(checkpoints, streams, found, strict=True):
+            logits = next(stream)
             if not np.isfinite(logits).all():
                 raise BadWeightsError(
-                    f"{model.origin.path}: the logits of chunk {chunk + 1} are not finite, so the "
-                    "weights are damaged or out of range"
+                    f"{checkpoint.origin.path}: the logits of chunk {chunk + 1} are not finite, so "
+                    "the weights are damaged or out of range"
                 )
-            values.nll[here] = negative_log_likelihood(logits, row[first + 1 :], pool)
+            values.nll[here] = negative_log_likelihood(logits, targets[chunk], pool)
             if reference is not None:
                 values.kl[here], values.same[here] = compare_logits(reference, logits, pool)
             elif compared:
                 reference = logits
-    if progress:
-        progress(chunks, chunks, "")
     return found
 
 
@@ -306,7 +378,7 @@ def _map(
     return list((pool.map if pool else map)(function, slices))
 
 
-def _score(model: Model, nbytes: int, values: _Values, reference: _Values) -> Score:
+def _score(checkpoint: Checkpoint, nbytes: int, values: _Values, reference: _Values) -> Score:
     nll = mean_and_error(values.nll)
     # A model that is quite broken may exceed what a float holds.
     perplexity = math.exp(nll.value) if nll.value < 700 else math.inf
@@ -321,8 +393,8 @@ def _score(model: Model, nbytes: int, values: _Values, reference: _Values) -> Sc
             log_ratio=mean_and_error(values.nll - reference.nll),
         )
     return Score(
-        name=model.name,
-        path=model.origin.path,
+        name=checkpoint.name,
+        path=checkpoint.origin.path,
         nbytes=nbytes,
         nll=nll,
         perplexity=Estimate(perplexity, perplexity * nll.error),

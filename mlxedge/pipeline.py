@@ -11,15 +11,17 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxedge.encodings import Encoding
 from mlxedge.errors import BadWeightsError, UnsupportedEncodingError, UsageError
+from mlxedge.guidance import Guide, Hint
 from mlxedge.models.layout import heads_of, rope_row_order_to_gguf
-from mlxedge.ops import Ops, Parts, load_ops, load_reference
+from mlxedge.ops import Ops, Parts, Quality, load_ops, load_reference
 from mlxedge.outputs.staging import Staging
 from mlxedge.plan import OutputPlan, Plan, PlannedTensor
 
@@ -43,16 +45,26 @@ class TensorResult:
     encoding: str
     squared_error: float = 0.0
     squared_weights: float = 0.0
+    #: The same, each column's squares multiplied by its importance; 0 where that is not known.
+    weighted_error: float = 0.0
+    weighted_weights: float = 0.0
     #: "encode" if a part of the tensor could not keep its codes after all.
     how: str = ""
+    quality: Quality = "reference"
     nonfinite: bool = False
 
     @property
     def error(self) -> float:
         """Relative root-mean-square error, 0 for a tensor of zeros."""
-        if not self.squared_weights:
-            return 0.0
-        return math.sqrt(self.squared_error / self.squared_weights)
+        return _ratio([(self.squared_error, self.squared_weights)])
+
+    @property
+    def output_error(self) -> float | None:
+        """That of columns weighed by their importance, which estimates the relative error of what
+        the layer computes; ``None`` without a calibration."""
+        if not self.weighted_weights:
+            return None
+        return _ratio([(self.weighted_error, self.weighted_weights)])
 
 
 @dataclass
@@ -68,8 +80,13 @@ class OutputResult:
     @property
     def error(self) -> float:
         """Relative root-mean-square error over all weights."""
-        weights = sum(t.squared_weights for t in self.tensors)
-        return math.sqrt(sum(t.squared_error for t in self.tensors) / weights) if weights else 0.0
+        return _ratio([(t.squared_error, t.squared_weights) for t in self.tensors])
+
+    @property
+    def output_error(self) -> float | None:
+        """That of what the calibrated layers compute, estimated; ``None`` without a calibration."""
+        sums = [(t.weighted_error, t.weighted_weights) for t in self.tensors if t.weighted_weights]
+        return _ratio(sums) if sums else None
 
 
 @dataclass
@@ -94,6 +111,7 @@ class _Work:
     goals: list[tuple[int, PlannedTensor]]
     chunks: int
     results: list[TensorResult]
+    hint: Hint
 
 
 def run_plan(
@@ -121,7 +139,8 @@ def run_plan(
             stack.callback(stage.keep)
             stages.append(stage)
         hashes = stack.enter_context(SourceHashes(checkpoint.origin))
-        run = _Run(plan, checkpoint, ops, stages, allow_nan, workers, progress)
+        guide = stack.enter_context(plan.guidance.guide(checkpoint, workers, progress))
+        run = _Run(plan, checkpoint, ops, stages, allow_nan, workers, progress, guide)
         try:
             run.run()
         except (BadWeightsError, UnsupportedEncodingError):
@@ -152,8 +171,10 @@ class _Run:
         allow_nan: bool,
         threads: int,
         progress: ProgressHook | None,
+        guide: Guide,
     ) -> None:
         self.plan = plan
+        self.guide = guide
         self.checkpoint = checkpoint
         self.ops = ops
         self.reference = load_reference()
@@ -195,7 +216,10 @@ class _Run:
                         planned.encoding.name,
                         line["squared_error"],
                         line["squared_weights"],
+                        line["weighted_error"],
+                        line["weighted_weights"],
                         line["how"],
+                        line["quality"],
                         line["nonfinite"],
                     )
                 )
@@ -220,14 +244,19 @@ class _Run:
             for planned in stage.plan.tensors:
                 if planned.name not in stage.done:
                     goals.setdefault(planned.source, []).append((index, planned))
-        for name, source in self.checkpoint.tensors.items():
+        for name in self.guide.order(self.checkpoint.tensors):
+            source = self.checkpoint.tensors[name]
             if name not in goals:
                 self._advance(source.size, name)
                 continue
             step = self._rows_per_chunk(source, [p for _, p in goals[name]])
             starts = range(0, source.rows, step)
+            encoded = [p for _, p in goals[name] if p.how == "encode"]
+            hint = self.guide.hint(name) if encoded else Hint()
             results = [TensorResult(p.name, p.encoding.name, how=p.how) for _, p in goals[name]]
-            work = _Work(source, goals[name], len(starts), results)
+            for (_, planned), result in zip(goals[name], results, strict=True):
+                result.quality = self.guide.quality(planned.encoding, hint)
+            work = _Work(source, goals[name], len(starts), results, hint)
             for start in starts:
                 yield work, start, min(start + step, source.rows)
 
@@ -245,7 +274,7 @@ class _Run:
         source = work.source
         parts = source.read_rows(start, stop)
         quantized = source.encoding.family != "plain"
-        weights = self._decode(parts, source) if quantized else parts["weight"]
+        weights = self._decode(parts, source.encoding) if quantized else parts["weight"]
         finite = self._is_finite(weights, source, start)
         plain = weights.astype(np.float32, copy=False)
         power = _power(plain)
@@ -254,9 +283,10 @@ class _Run:
             order = self._row_order(goal, source, stop - start)
             error = 0.0
             kept = self._keep(parts, source, goal)
-            made = self.ops.encode(weights, goal.encoding) if kept is None else kept
+            made = kept or self._encode(weights, goal, work.hint, result.quality)
+            weighted = 0.0, 0.0
             if kept is None:
-                error = _difference(self.ops.decode(made, goal.encoding), plain)
+                error, weighted = self._error(made, goal, plain, work.hint)
                 if finite and not math.isfinite(error):
                     raise BadWeightsError(
                         f"{source.name} does not fit in {goal.encoding}: its largest weight is "
@@ -270,6 +300,8 @@ class _Run:
             with self._guard:
                 result.squared_error += error
                 result.squared_weights += power
+                result.weighted_error += weighted[0]
+                result.weighted_weights += weighted[1]
                 result.how = "encode" if kept is None else result.how
                 result.nonfinite |= not finite
                 self._seconds[index] += time.perf_counter() - began
@@ -285,6 +317,9 @@ class _Run:
                     "tensor": goal.name,
                     "squared_error": result.squared_error,
                     "squared_weights": result.squared_weights,
+                    "weighted_error": result.weighted_error,
+                    "weighted_weights": result.weighted_weights,
+                    "quality": result.quality,
                     "how": result.how,
                     "nonfinite": result.nonfinite,
                 }
@@ -307,11 +342,41 @@ class _Run:
                 return self.reference.transcode(parts, source.encoding, goal.encoding)
         return None
 
-    def _decode(self, parts: Parts, source: SourceTensor) -> np.ndarray:
+    def _encode(
+        self, weights: np.ndarray, goal: PlannedTensor, hint: Hint, quality: Quality
+    ) -> Parts:
+        """By the backend, or by the fallback where that has no encoder: the bytes are the same."""
+        known: dict[str, Any] = {"quality": quality, "feedback": hint.feedback}
         try:
-            return self.ops.decode(parts, source.encoding)
+            return self.ops.encode(weights, goal.encoding, hint.importance, **known)
         except UnsupportedEncodingError:
-            return self.reference.decode(parts, source.encoding)
+            return self.reference.encode(weights, goal.encoding, hint.importance, **known)
+
+    def _decode(self, parts: Parts, encoding: Encoding) -> np.ndarray:
+        try:
+            return self.ops.decode(parts, encoding)
+        except UnsupportedEncodingError:
+            return self.reference.decode(parts, encoding)
+
+    def _error(
+        self, made: Parts, goal: PlannedTensor, weights: np.ndarray, hint: Hint
+    ) -> tuple[float, tuple[float, float]]:
+        """The squared error of f32 ``weights``; and that, and their squares, with each column
+        weighed by its importance."""
+        import numpy as np
+
+        decoded = self._decode(made, goal.encoding)
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.subtract(decoded, weights, out=decoded)
+            error = _power(difference)
+            if hint.importance is None:
+                return error, (0.0, 0.0)
+            importance = hint.importance.astype(np.float64)
+            sums = [
+                float(np.einsum("rc,rc->c", m, m, dtype=np.float64) @ importance)
+                for m in (difference, weights)
+            ]
+        return error, (sums[0], sums[1])
 
     def _is_finite(self, weights: np.ndarray, source: SourceTensor, start: int) -> bool:
         at = self.reference.first_nonfinite(weights)
@@ -340,12 +405,10 @@ def _reorder(data: np.ndarray, order: tuple[str, np.ndarray]) -> np.ndarray:
     return data[index] if axis == "rows" else data[:, index]
 
 
-def _difference(decoded: np.ndarray, weights: np.ndarray) -> float:
-    """Σ (decoded - weights)²."""
-    import numpy as np
-
-    with np.errstate(invalid="ignore", over="ignore"):
-        return _power(decoded - weights)
+def _ratio(sums: Iterable[tuple[float, float]]) -> float:
+    """The root of summed errors over summed weights."""
+    errors, weights = (math.fsum(column) for column in zip(*sums, strict=True))
+    return math.sqrt(errors / weights) if weights else 0.0
 
 
 def _power(weights: np.ndarray) -> float:

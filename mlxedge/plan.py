@@ -20,6 +20,7 @@ from mlxedge.targets import Target
 from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
+    from mlxedge.guidance import Guidance
     from mlxedge.sources.checkpoint import SourceTensor
 
 #: "copy": the stored bytes as they are; "transcode": other bytes, the same weights; "encode".
@@ -113,6 +114,7 @@ class Plan:
     name: str
     source: dict[str, Any]
     outputs: list[OutputPlan]
+    guidance: Guidance
     chunk_weights: int
     parallel: bool = True
 
@@ -122,11 +124,12 @@ class Plan:
 
     def memory_bytes(self, threads: int) -> int:
         """About the most that the process holds at once: the interpreter with its libraries, the
-        vocabulary as objects (many times its bytes in a header), and for each thread a chunk as
-        read, as f32, as encoded and as decoded."""
+        vocabulary as objects (many times its bytes in a header), for each thread a chunk as read,
+        as f32, as encoded and as decoded, and what calibration needs."""
         headers = max((len(f.header) for o in self.outputs for f in o.data), default=0)
         workers = threads if self.parallel else 1
-        return 240 * 2**20 + 24 * headers + workers * self.chunk_weights * 20
+        chunks = workers * self.chunk_weights * 20
+        return 240 * 2**20 + 24 * headers + chunks + self.guidance.memory_bytes
 
     def fingerprint(self, output: OutputPlan, backend: str, allow_nan: bool) -> str:
         """Tells whether a half-written output belongs to this plan."""
@@ -137,6 +140,8 @@ class Plan:
                 VERSION,
                 backend,
                 allow_nan,
+                self.guidance.quality,
+                self.guidance.described,
                 [(f.name, _digest(f.header), f.size) for f in output.data],
                 [(at, _digest(data)) for f in output.data for at, data in f.constants],
                 [(name, _digest(data)) for name, data in sorted(output.files.items())],
@@ -146,6 +151,13 @@ class Plan:
             default=str,
         )
         return _digest(text.encode())
+
+
+def encodes(output: OutputPlan) -> Iterable[Encoding]:
+    """The encodings of what is encoded anew into something that is not plain."""
+    return (
+        t.encoding for t in output.tensors if t.how == "encode" and t.encoding.family != "plain"
+    )
 
 
 def place_parts(

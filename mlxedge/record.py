@@ -2,8 +2,9 @@
 
 A JSON file ``OUTPUT.mlxedge.json``. Schema 1: ``mlxedge`` (version), ``created`` (UTC), ``source``
 (kind, repository, revision, files with bytes and SHA-256), ``output`` (target, files with bytes and
-SHA-256, bits per weight, relative error), ``backend``, ``threads``, ``versions``, ``tensors``
-(name, encoding, relative error, how it was made, reason).
+SHA-256, bits per weight, relative error, that of outputs), ``quality``, ``calibration``,
+``backend``, ``threads``, ``versions``, ``tensors`` (name, encoding, quality, relative errors, how
+it was made, reason).
 """
 
 from __future__ import annotations
@@ -131,7 +132,10 @@ def write_record(
             "bytes": plan.nbytes,
             "bits_per_weight": round(plan.bits_per_weight, 4),
             "relative_error": finite(result.error),
+            "output_error": finite(result.output_error),
         },
+        "quality": report.plan.guidance.quality,
+        "calibration": report.plan.guidance.described,
         "backend": report.backend,
         "threads": report.threads,
         "seconds": round(report.seconds, 3),
@@ -147,7 +151,9 @@ def write_record(
                 "encoding": t.encoding,
                 "how": t.how,
                 "reason": planned[t.name].reason,
+                "quality": t.quality,
                 "relative_error": finite(t.error),
+                "output_error": finite(t.output_error),
             }
             for t in result.tensors
         ],
@@ -172,9 +178,9 @@ def _files(path: Path, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def finite(value: float) -> float | None:
+def finite(value: float | None) -> float | None:
     """Six digits of ``value`` for JSON, which has no NaN and no infinity."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 
 def _version(name: str) -> str | None:

@@ -12,6 +12,7 @@ import click
 from mlxedge.targets import known_targets, parse_target
 
 if TYPE_CHECKING:
+    from mlxedge.ops import Quality
     from mlxedge.pipeline import ProgressHook, Report
     from mlxedge.plan import OutputPlan, Plan
 
@@ -29,6 +30,27 @@ _EPILOG = "Targets: " + " ".join(known_targets()) + "; MLX groups of 32 or 128: 
     help="With one --to the .gguf file or the folder to write, else (or if it is an existing "
     "folder) the folder to write into.",
 )  # fmt: skip
+@click.option(
+    "--quality", type=click.Choice(["reference", "fast", "best"]), default="reference",
+    show_default=True,
+    help="How scales and codes are chosen: by the rule of llama.cpp or MLX, by a search, or by a "
+    "search and error feedback (GPTQ).",
+)  # fmt: skip
+@click.option(
+    "--calibrate", type=click.Path(path_type=Path, exists=True), metavar="FILE",
+    help="What shows which weights matter: a text (UTF-8), an imatrix file, or what mlxedge "
+    "calibrate wrote.  [default: some of Python's documentation]",
+)  # fmt: skip
+@click.option("--no-calibrate", is_flag=True,
+              help="Do not run the model; encode by the plain rules.")  # fmt: skip
+@click.option(
+    "--tensor", "tensors", multiple=True, metavar="REGEX=TYPE",
+    help="Another type for the tensors whose name matches: GGUF names and types (ffn_down=q6_k) "
+    "for gguf targets, Hugging Face names and MLX types (down_proj=6bit) for mlx. Repeatable.",
+)  # fmt: skip
+@click.option("--output-type", metavar="TYPE", help="The type of the output head.")
+@click.option("--embedding-type", metavar="TYPE", help="The type of the token embedding.")
+@click.option("--pure", is_flag=True, help="The recipe's main type for all matrices, no mix.")
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.")
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]),
               help="Of scales and unquantized MLX tensors.  [default: the source's]")  # fmt: skip
@@ -44,6 +66,13 @@ def command(
     source: str,
     to: tuple[str, ...],
     out: Path,
+    quality: Quality,
+    calibrate: Path | None,
+    no_calibrate: bool,
+    tensors: tuple[str, ...],
+    output_type: str | None,
+    embedding_type: str | None,
+    pure: bool,
     revision: str | None,
     dtype: str | None,
     pre: str | None,
@@ -62,10 +91,15 @@ def command(
     """
     from mlxedge.cli import ui
     from mlxedge.conversion import plan_conversion
+    from mlxedge.errors import UsageError
     from mlxedge.pipeline import run_plan, worker_count
+    from mlxedge.recipes.overrides import parse_overrides
     from mlxedge.sources import open_source
 
     targets = [parse_target(t) for t in to]
+    if no_calibrate and calibrate is not None:
+        raise UsageError("--calibrate and --no-calibrate: give one of them")
+    overrides = parse_overrides(tensors, output=output_type, embedding=embedding_type, pure=pure)
     with contextlib.ExitStack() as stack:
         downloads = stack.enter_context(ui.file_progress())
         opened = stack.enter_context(
@@ -80,6 +114,10 @@ def command(
             force=force,
             allow_nan=allow_nan,
             pre=pre,
+            quality=quality,
+            calibrate=False if no_calibrate else calibrate,
+            overrides=overrides,
+            threads=threads,
         )
         workers = worker_count(threads)
         if not as_json:
@@ -113,6 +151,8 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "source": plan.source,
         "disk_bytes": plan.disk_bytes,
         "memory_bytes": plan.memory_bytes(threads),
+        "quality": plan.guidance.quality,
+        "calibration": plan.guidance.described,
         "outputs": [
             {
                 "target": o.target.spec,
@@ -149,6 +189,7 @@ def report_json(report: Report) -> dict[str, Any]:
                 "bytes": r.plan.nbytes,
                 "bits_per_weight": round(r.plan.bits_per_weight, 4),
                 "relative_error": finite(r.error),
+                "output_error": finite(r.output_error),
                 "seconds": round(r.seconds, 3),
                 "resumed_tensors": r.resumed,
             }
@@ -174,6 +215,7 @@ def _show_plan(plan: Plan, threads: int) -> None:
             click.echo(f"  {output.target.spec}: {names} as {encoding}: {reason}")
         for note in output.notes:
             ui.warn(f"{output.target.spec}: {note}")
+    click.echo(plan.guidance.sentence())
     click.echo(
         f"needs {ui.size(plan.disk_bytes)} of disk and about "
         f"{ui.size(plan.memory_bytes(threads))} of memory"
@@ -187,6 +229,10 @@ def _mix(output: OutputPlan) -> str:
     return ", ".join(f"{n} {name}" for name, n in sorted(counts.items(), key=lambda i: -i[1]))
 
 
+def _percent(error: float) -> str:
+    return f"{100 * error:.3g} %" if error else "exact"
+
+
 def show_report(report: Report) -> None:
     """The closing table."""
     from mlxedge.cli import ui
@@ -196,12 +242,13 @@ def show_report(report: Report) -> None:
             str(r.plan.path),
             ui.size(r.plan.nbytes),
             f"{r.plan.bits_per_weight:.2f}",
-            f"{100 * r.error:.3g} %" if r.error else "exact",
+            _percent(r.error),
+            "-" if r.output_error is None else _percent(r.output_error),
             f"{r.seconds:.1f}",
         ]
         for r in report.outputs
     ]
-    ui.table(["written", "size", "bits/weight", "error", "seconds"], rows)
+    ui.table(["written", "size", "bits/weight", "error", "of outputs", "seconds"], rows)
     resumed = sum(r.resumed for r in report.outputs)
     tail = f", {resumed} tensors kept from an interrupted run" if resumed else ""
     for path in report.kept:

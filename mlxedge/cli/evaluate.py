@@ -24,6 +24,15 @@ if TYPE_CHECKING:
               help="Tokens of a chunk; the second half of each counts.")  # fmt: skip
 @click.option("--chunks", type=click.IntRange(min=1), metavar="N",
               help="Use only the first chunks of the text.  [default: all]")  # fmt: skip
+@click.option(
+    "--engine", type=click.Choice(["numpy", "mlx"]), default="numpy", show_default=True,
+    help="What runs all models: mlxedge's own forward pass, or mlx-lm (folders only).",
+)  # fmt: skip
+@click.option(
+    "--by-layer/--whole", "by_layer", default=None,
+    help="Hold one layer of one model at a time, or all models.  "
+    "[default: by layer if they would fill the memory]",
+)  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), metavar="N",
               help="Processors to use.  [default: all]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -33,6 +42,8 @@ def command(
     text: Path | None,
     context: int,
     chunks: int | None,
+    engine: str,
+    by_layer: bool | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -41,7 +52,7 @@ def command(
     MODEL is a GGUF file, an MLX or Hugging Face folder, or a Hub id. By the definitions of
     llama-perplexity: perplexity ± standard error and, with --against, the KL divergence of the
     model's predictions from those of SOURCE in nats, and how often both hold the same token for the
-    likeliest. All models are held in memory and run in mlxedge's own forward pass.
+    likeliest. Models that exceed the memory are run one layer at a time.
     """
     from contextlib import ExitStack
 
@@ -63,6 +74,8 @@ def command(
                 text=passage,
                 context=context,
                 chunks=chunks,
+                engine=engine,
+                by_layer=by_layer,
                 threads=threads,
                 progress=progress,
             )

@@ -23,6 +23,7 @@ LAYERS = (
     {"sources", "plan"},
     {"outputs", "engines", "prepare", "layers"},
     {"record", "calibration"},
+    {"guidance"},
     {"pipeline", "generate"},
     {"conversion", "evaluate"},
     {"inspect", "demo"},

@@ -186,6 +186,28 @@ def test_a_model_against_itself(tiny: Path) -> None:
     assert divergence.log_ratio.value == 0
 
 
+@pytest.mark.parametrize("name", ["tiny-llama-Q8_0.gguf", "bos"])
+def test_layer_by_layer_gives_the_same(home: Path, tiny: Path, name: str) -> None:
+    path, reference = home / name, home / "bos" if name == "bos" else tiny
+    whole, by_layer = (
+        evaluate([path], against=reference, text=SENTENCES, context=40, chunks=3, by_layer=choice)
+        for choice in (False, True)
+    )
+    assert by_layer == whole
+
+
+def test_a_model_that_would_fill_the_memory_is_run_by_layer(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxedge.evaluate._physical_memory", lambda: 1e5)
+    events: list[str] = []
+    evaluate(
+        [tiny], text=SENTENCES, context=40, chunks=1,
+        progress=lambda done, total, name: events.append(name),
+    )  # fmt: skip
+    assert any("layer 1" in name for name in events)
+
+
 def test_the_text_that_ships() -> None:
     text = HELDOUT.read_text(encoding="utf-8")
     assert 100_000 < len(text.encode()) < 200_000
@@ -229,6 +251,8 @@ def test_a_model_that_cannot_be_measured(
         ({"text": "Hello."}, "0 chunks of 64"),
         ({"chunks": 10_000}, "chunks of 64: give a longer text"),
         ({"text": None, "context": 4096}, "has a context of 2048 tokens"),
+        ({"by_layer": True, "engine": "mlx"}, "holds models whole"),
+        ({"engine": "mlc"}, "unknown engine 'mlc'"),
         ({"against": "bos"}, r"reads the text as other tokens than .*bos \(from token 0"),
         ({"against": "demo"}, "a vocabulary of 512 tokens and .* one of 2048"),
     ],
