@@ -189,7 +189,7 @@ class LayerRunner(AbstractContextManager["LayerRunner"]):
     def _pieces(self, first: int, most: int) -> list[tuple[int, int]]:
         """The positions from ``first`` on, cut where a pass over the whole model would be, and
         there evenly: one position alone is summed in another order than several."""
-        pieces = []
+        pieces: list[tuple[int, int]] = []
         while first < self.length:
             stop = min(first // self._rows * self._rows + self._rows, self.length)
             cuts = np.linspace(first, stop, -(-(stop - first) // most) + 1).astype(int).tolist()
