@@ -162,6 +162,9 @@ def plan_conversion(
                     target,
                     path,
                     pre=pre,
+                    overrides=overrides,
+                    imatrix=guidance.calibrates,
+                    known=guidance.known,
                 )
             )
         elif target.format == "mlx":
@@ -174,6 +177,7 @@ def plan_conversion(
                     path,
                     dtype=dtype,
                     can_transcode=transcodes,
+                    overrides=overrides,
                 )
             )
         else:

@@ -118,6 +118,8 @@ class Guidance:
     quality: Quality = "reference"
     described: Mapping[str, object] | None = None
     note: str | None = None
+    #: The tensors whose inputs will be known.
+    known: frozenset[str] = frozenset()
     memory_bytes: int = 0
     calibration: Calibration | None = None
     run: CalibrationRun | None = None
