@@ -208,6 +208,18 @@ lowest_bit = _unary(
 )
 
 
+def _swapped(distance: int) -> Any:
+    def emit(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+        order = ir.Constant(ir.VectorType(_I32, LANES), [k ^ distance for k in range(LANES)])
+        return builder.shuffle_vector(value, ir.Constant(F32.vector, ir.Undefined), order)
+
+    return _unary(F32, F32, emit, f"Lane ``k ^ {distance}`` in lane k.")
+
+
+#: Adding these in turn leaves the sum of lanes in every lane: of 16, or without ``swap_8`` of 8.
+swap_8, swap_4, swap_2, swap_1 = (_swapped(distance) for distance in (8, 4, 2, 1))
+
+
 @intrinsic
 def where(typingctx: Any, mask: types.Type, yes: types.Type, no: types.Type) -> Any:
     """``yes`` in the lanes where ``mask`` holds, ``no`` in the others."""
@@ -313,6 +325,30 @@ def store_bytes(typingctx: Any, array: types.Type, offset: types.Type, value: ty
         builder.store(
             builder.trunc(args[2], small), builder.bitcast(pointer, small.as_pointer()), align=1
         )
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), codegen
+
+
+@intrinsic
+def store_nibbles(typingctx: Any, array: types.Type, offset: types.Type, value: types.Type) -> Any:
+    """Write the low 4 bits of 16 lanes at ``array[offset : offset + 8]`` of uint8, in order."""
+    if not (_is_vector(array, types.uint8) and value == I32):
+        return None
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        pointer = _address(context, builder, array, *args[:2])
+        small = builder.trunc(args[2], ir.VectorType(_I8, LANES))
+        half, mask = ir.VectorType(_I8, LANES // 2), ir.VectorType(_I32, LANES // 2)
+        low, high = (
+            builder.shuffle_vector(small, small, ir.Constant(mask, list(range(odd, LANES, 2))))
+            for odd in (0, 1)
+        )
+        four = ir.Constant(half, [4] * (LANES // 2))
+        both = builder.or_(
+            builder.and_(low, ir.Constant(half, [15] * (LANES // 2))), builder.shl(high, four)
+        )
+        builder.store(both, builder.bitcast(pointer, half.as_pointer()), align=1)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), codegen
