@@ -115,7 +115,7 @@ class LayerRunner(AbstractContextManager["LayerRunner"]):
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self.shape = shape = shape_of(checkpoint.config)
-        self._checkpoint, self._ops = checkpoint, load_forward()
+        self.checkpoint, self._ops = checkpoint, load_forward()
         self._ids = np.ascontiguousarray(ids, np.int64)
         _check(self._ids, shape.vocab, shape.context)
         self.sequences, self.length = self._ids.shape
@@ -148,7 +148,7 @@ class LayerRunner(AbstractContextManager["LayerRunner"]):
                 runner.advance(states[first : first + self._rows], first, cache, watch)
             if not np.isfinite(states).all():
                 raise BadWeightsError(
-                    f"{self._checkpoint.origin.path}: the activations of layer {self.done} are "
+                    f"{self.checkpoint.origin.path}: the activations of layer {self.done} are "
                     "not finite, so its weights are damaged or out of range"
                 )
             self.states.write(index, states)

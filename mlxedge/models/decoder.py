@@ -7,6 +7,7 @@ sliding window, a head of its own. Names and layouts are Hugging Face's.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ class Weights:
         self._tensors = checkpoint.tensors
         self._path = checkpoint.origin.path
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
     def matrix(self, name: str, rows: int, cols: int) -> Any:
@@ -94,8 +95,9 @@ class Weights:
 
     def product(self, name: str, x: Any, out: Any, add_to: Any = None) -> Any:
         """``out = x @ W.T + b`` of a linear layer, and then ``add_to += out``."""
-        matrix = self.matrix(f"{name}.weight", out.width, x.width)
-        return self._ops.Product(matrix, out, self.optional(f"{name}.bias"), add_to)
+        matrix = self.matrix(name, out.width, x.width)
+        bias = self.optional(name.removesuffix("weight") + "bias")
+        return self._ops.Product(matrix, out, bias, add_to)
 
     def vector(self, name: str) -> np.ndarray:
         """f32 ``[size]``."""
@@ -118,6 +120,24 @@ class Weights:
 
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+#: The matrices of a block, those together that have the same input.
+_GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+def layer_groups(layer: int) -> list[tuple[str, ...]]:
+    """The names of a layer's matrices, those together that have the same input, in the order in
+    which they compute."""
+    return [tuple(f"model.layers.{layer}.{n}.weight" for n in group) for group in _GROUPS]
+
+
+def head_name(tensors: Container[str]) -> str:
+    """The matrix that makes logits: the embedding's where they are tied."""
+    return HEAD if HEAD in tensors else TABLE
 
 
 class Graph:
@@ -154,9 +174,10 @@ class Graph:
         x, h = self.x, self._h
         mixed, delta, q, k, v, gate, up = self._block_buffers
         block = f"model.layers.{layer}."
-        attend, mlp = f"{block}self_attn.", f"{block}mlp."
+        attend = f"{block}self_attn."
+        qkv_names, o_names, gate_up_names, down_names = layer_groups(layer)
         self._norm(f"{block}input_layernorm.weight")
-        self._linear(h, {f"{attend}{n}_proj": out for n, out in zip("qkv", (q, k, v))})
+        self._linear(h, qkv_names, [q, k, v])
         tape.attention(
             q,
             k,
@@ -172,17 +193,17 @@ class Graph:
             epsilon=shape.epsilon,
             window=shape.windows[layer],
         )
-        self._linear(mixed, {f"{attend}o_proj": delta}, add_to=x)
+        self._linear(mixed, o_names, [delta], add_to=x)
         self._norm(f"{block}post_attention_layernorm.weight")
-        self._linear(h, {f"{mlp}gate_proj": gate, f"{mlp}up_proj": up})
+        self._linear(h, gate_up_names, [gate, up])
         tape.gate(gate, up)
-        self._linear(gate, {f"{mlp}down_proj": delta}, add_to=x)
+        self._linear(gate, down_names, [delta], add_to=x)
 
     def head(self, table: Any = None) -> Any:
         """Logits of x; returns their buffer. ``table`` is the embedding's, where it is known."""
         self.final_norm()
         logits = self.tape.buffer(self.shape.vocab)
-        name = self.head_name
+        name = head_name(self.weights)
         if table is None or name != TABLE:
             table = self.weights.matrix(name, self.shape.vocab, self.shape.hidden)
         self.tape.linear(self._h, [self._ops.Product(table, logits)])
@@ -192,12 +213,7 @@ class Graph:
         """Up to the head's input, which is tapped."""
         self.tape.head()
         self._norm("model.norm.weight")
-        self._tap((self.head_name,), self._h)
-
-    @property
-    def head_name(self) -> str:
-        """The matrix that makes logits: the embedding's where they are tied."""
-        return HEAD if HEAD in self.weights else TABLE
+        self._tap((head_name(self.weights),), self._h)
 
     def runner(self, team: Any, rows: int, result: Any = None) -> Any:
         """What walks the tape, once all is recorded; passes have up to ``rows`` positions."""
@@ -219,10 +235,10 @@ class Graph:
         """h = RMSNorm(x)."""
         self.tape.norm(self.x, self.weights.vector(weight), self.shape.epsilon, self._h)
 
-    def _linear(self, x: Any, outs: dict[str, Any], add_to: Any = None) -> None:
-        self._tap(tuple(f"{name}.weight" for name in outs), x)
-        products = [self.weights.product(name, x, out, add_to) for name, out in outs.items()]
-        self.tape.linear(x, products)
+    def _linear(self, x: Any, names: tuple[str, ...], outs: list[Any], add_to: Any = None) -> None:
+        self._tap(names, x)
+        pairs = zip(names, outs, strict=True)
+        self.tape.linear(x, [self.weights.product(n, x, out, add_to) for n, out in pairs])
 
     def _tap(self, names: tuple[str, ...], x: Any) -> None:
         if self._tapped:
