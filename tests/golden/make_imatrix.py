@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main(program: str) -> None:
-    from oracles.experts import write_experts
+    from oracles.gguf_models import write_gguf_model
     from oracles.tiny import SENTENCES, write_tiny_llama
 
     import mlxedge
@@ -29,7 +29,7 @@ def main(program: str) -> None:
         (work / "text.txt").write_text(SENTENCES, encoding="utf-8")
         folder = write_tiny_llama(work / "tiny", layers=1, hidden=128, intermediate=256)
         mlxedge.convert(folder, "gguf:f32", work / "dense.gguf")
-        write_experts(work / "experts.gguf", experts=4, hidden=64, intermediate=32, heads=2)
+        write_gguf_model(work / "experts.gguf", experts=4, hidden=64, intermediate=32, heads=2)
         for model in ("dense", "experts"):
             for form in ("gguf", "dat"):
                 made = FOLDER / f"{model}.{form}"
