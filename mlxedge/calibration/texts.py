@@ -1,0 +1,170 @@
+"""What a model is calibrated on.
+
+Without a text it is the beginning of Python's own documentation, as ``pydoc_data.topics`` of the
+standard library has it: 465 KB of English, there wherever Python is, and nobody's test set. Little
+is needed: KL of 4-bit weights hardly falls beyond 2048 tokens, and 256 do nearly as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlxedge.errors import TokenizerError, UsageError
+from mlxedge.texts import HELDOUT
+from mlxedge.tokenizer import load as load_tokenizer
+
+if TYPE_CHECKING:
+    from mlxedge.sources.checkpoint import Checkpoint
+    from mlxedge.tokenizer import Tokenizer
+
+CONTEXT = 512
+#: Below, a chunk is hardly a text; llama-imatrix looks at no less, either.
+LEAST_CONTEXT = 16
+MOST_TOKENS, LEAST_TOKENS = 2048, 256
+#: Weights up to which the most tokens are run.
+_SMALL = 1_000_000_000
+#: More than a token has, in any text that is one.
+_CHARACTERS = 32
+
+
+def default_tokens(weights: int) -> int:
+    """How many tokens a model of so many weights is calibrated on unless told otherwise.
+
+    2048 up to 10⁹ weights, then half as many for each doubling, so that the work stays about the
+    same, and 256 from 4·10⁹ on.
+    """
+    tokens = MOST_TOKENS
+    while tokens > LEAST_TOKENS and weights > _SMALL * MOST_TOKENS // tokens:
+        tokens //= 2
+    return tokens
+
+
+def default_text() -> tuple[str, str]:
+    """The name and the text that are used unless another is given.
+
+    Raises UsageError where Python came without it, as some stripped ones do.
+    """
+    name = "pydoc_data.topics"
+    try:
+        topics = importlib.import_module(name).topics
+    except (ImportError, AttributeError):
+        raise UsageError(
+            f"this Python came without {name}, which is the text that models are calibrated on: "
+            "give another one (UTF-8)"
+        ) from None
+    return name, "\n".join(topics.values())
+
+
+def read_text(file: Path) -> str:
+    """A text given by the user. Raises UsageError unless it is UTF-8, and not empty."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise UsageError(f"{file} is empty: there is nothing to calibrate on")
+    return text
+
+
+def refuse_heldout(name: str, text: str) -> None:
+    """Raise UsageError for the text that ``evaluate`` measures with, or one that holds it: figures
+    measured on it would say nothing any more. How it is broken into lines makes no difference."""
+    given, heldout = (" ".join(t.split()) for t in (text, HELDOUT.read_text(encoding="utf-8")))
+    # Only a passage of some length is a copy.
+    if heldout in given or (len(given) >= 1000 and given in heldout):
+        raise UsageError(
+            f"{name} is the text that mlxedge evaluate measures with: calibrate on another one"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Tokens to run: ``ids`` int64 ``[chunks, context]``, each chunk on its own.
+
+    ``text`` is the name of the text and ``sha256`` its hash, ``available`` how many tokens were
+    looked at to find these; ``bos`` whether each chunk begins with BOS.
+    """
+
+    ids: np.ndarray
+    text: str
+    sha256: str
+    available: int
+    bos: bool
+
+    @property
+    def context(self) -> int:
+        return int(self.ids.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ids.size)
+
+
+def sample(
+    checkpoint: Checkpoint,
+    text: str | None = None,
+    *,
+    name: str = "text",
+    tokens: int | None = None,
+    context: int | None = None,
+) -> Sample:
+    """The first ``tokens`` tokens of ``text`` in chunks of ``context``, as llama-imatrix cuts them:
+    the first token of each chunk is BOS if the tokenizer begins a text with it, the text of control
+    tokens is only text, and what fills no chunk is left out.
+
+    Without ``text`` it is ``default_text()``; without ``tokens`` there are ``default_tokens`` of
+    them, or as many as the text has; without ``context`` it is 512, or fewer where the model or
+    ``tokens`` has fewer.
+
+    Raises TokenizerError for a model without a tokenizer, and UsageError for a text that is too
+    short or held out, and for figures that make no sense.
+    """
+    if checkpoint.tokenizer is None:
+        raise TokenizerError(f"{checkpoint.origin.path} has no tokenizer, which calibration needs")
+    if text is None:
+        name, text = default_text()
+    refuse_heldout(name, text)
+    weights = sum(tensor.size for tensor in checkpoint.tensors.values())
+    wanted = default_tokens(weights) if tokens is None else tokens
+    limit = int(checkpoint.config.get("max_position_embeddings") or 2048)
+    chunk = min(CONTEXT, wanted, limit) if context is None else context
+    if chunk < LEAST_CONTEXT:
+        raise UsageError(f"a context of {chunk} tokens is too short: it takes {LEAST_CONTEXT}")
+    if chunk > limit:
+        raise UsageError(
+            f"a context of {chunk} tokens is more than the model's {limit}: use a smaller one"
+        )
+    if wanted < chunk:
+        raise UsageError(f"{wanted} tokens are less than one chunk of {chunk}: use more tokens")
+    tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.generation_config)
+    ids, bos = _encode(tokenizer, text, wanted)
+    chunks = min(wanted, len(ids)) // chunk
+    if not chunks or (tokens is not None and len(ids) < tokens):
+        raise UsageError(
+            f"{name} has {len(ids)} tokens, and {wanted if chunks else chunk} are asked for: give "
+            f"a longer text, or {'fewer tokens' if chunks else 'a smaller context'}"
+        )
+    cut = np.array(ids[: chunks * chunk], np.int64).reshape(chunks, chunk)
+    if bos is not None:
+        cut[:, 0] = bos
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Sample(cut, name, digest, len(ids), bos is not None)
+
+
+def _encode(tokenizer: Tokenizer, text: str, wanted: int) -> tuple[list[int], int | None]:
+    """At least the first ``wanted`` tokens of a text, if it has so many, and BOS if it leads."""
+    bos = tokenizer.bos_id if tokenizer.encode("")[:1] == [tokenizer.bos_id] else None
+    lead = [] if bos is None else [bos]
+    for part in (text[: _CHARACTERS * wanted], text):
+        ids = lead + tokenizer.encode(part, add_special=False, parse_special=False)
+        if len(ids) >= wanted or len(part) == len(text):
+            break
+    return ids, bos
