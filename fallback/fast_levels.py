@@ -135,7 +135,7 @@ def _half_bits(v: Any) -> Any:
     bits = as_bits(v)
     normal = ((bits - 0x37FFF001) + ((bits >> 13) & 1)) >> 13
     tiny = as_bits(v + _HALF) - 0x3F000000
-    return smaller(where(0x38800000 > bits, tiny, normal), _LARGEST_HALF)
+    return smaller(where(bits > 0x387FFFFF, normal, tiny), _LARGEST_HALF)
 
 
 @inline
@@ -152,7 +152,7 @@ def _e4m3_code(v: Any) -> Any:
     bits = as_bits(v)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     tiny = as_bits(v + np.float32(2.0**14)) - 0x46800000
-    return smaller(where(0x3C800000 > bits, tiny, normal), _LARGEST_E4M3)
+    return smaller(where(bits > 0x3C7FFFFF, normal, tiny), _LARGEST_E4M3)
 
 
 @inline
@@ -175,7 +175,7 @@ def _e8m0_rule(largest: Any, levels: Any, zero: Any) -> Any:
 def _byte_value(code: Any, exponent: Any, power: Any, e4m3: Any) -> Any:
     """Scales of E4M3 codes or E8M0 bytes in units of a block."""
     if not e4m3:
-        return as_float((code - exponent + 128) << 23)
+        return as_float(smaller(larger(code - exponent + 128, 1), 254) << 23)
     tiny = (as_float(code | 0x4B000000) - np.float32(2.0**23)) * np.float32(2.0**-9)
     return where(code > 7, as_float((code << 20) + (120 << 23)), tiny) * power
 
