@@ -63,6 +63,7 @@ _HUGE = np.float32(3e38)
 _MAGIC = np.float32(12582912.0)
 _F16_MAX = np.float32(65504.0)
 _F16_NORMAL = np.float32(2.0**-14)
+_F16_LEAST = np.float32(2.0**-24)
 
 
 class Form(NamedTuple):
@@ -100,8 +101,8 @@ class Plan:
 
 
 def _form(block_bytes: int, size: int, scale: int, low: int, high: int, table: bool) -> Form:
-    bounds = (np.float32(v) for v in (-scale, scale - 1, low, high))
-    return Form(block_bytes, size, *bounds, table)
+    least, most = np.float32(-scale), np.float32(scale - 1)
+    return Form(block_bytes, size, least, most, np.float32(low), np.float32(high), table)
 
 
 def _range(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -123,7 +124,7 @@ PLANS = {
         _range(-56.0, -18.0, 72),
         (-128.0, -126.0, -124.0, -122.0),
         0,
-        0.0,
+        1.0,
         1,
     ),
     "iq4_xs": Plan(
@@ -131,7 +132,7 @@ PLANS = {
         (*_range(-200.0, -60.0, 18), *_range(190.0, 50.0, 18)),
         (-33.0, -32.0, -30.0),
         0,
-        0.0,
+        1.0,
         1,
     ),
 }
@@ -187,14 +188,13 @@ def _exponent(largest: Any) -> Any:
 
 @inline
 def _through_half(v: Any) -> Any:
-    """Rounded to f16, beyond its range to the greatest number."""
-    size = absolute(v)
-    size = where(size > _F16_MAX, spread(_F16_MAX), size)
+    """Rounded to f16, beyond its range to the greatest or the least number; 0 stays."""
+    size = _clamp(absolute(v), _F16_LEAST, _F16_MAX)
     bits = as_bits(size)
     normal = as_float((bits + ((bits >> 13) & 1) + 0xFFF) & ~0x1FFF)
     tiny = (size + _HALF) - _HALF
     size = where(size < _F16_NORMAL, tiny, normal)
-    return where(v < _ZERO, _ZERO - size, size)
+    return where(v == _ZERO, spread(_ZERO), where(v < _ZERO, _ZERO - size, size))
 
 
 @inner
