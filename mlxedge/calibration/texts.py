@@ -11,7 +11,7 @@ import hashlib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -113,7 +113,7 @@ def sample(
     text: str | None = None,
     *,
     name: str = "text",
-    tokens: int | None = None,
+    tokens: int | Literal["all"] | None = None,
     context: int | None = None,
 ) -> Sample:
     """The first ``tokens`` tokens of ``text`` in chunks of ``context``, as llama-imatrix cuts them:
@@ -121,8 +121,8 @@ def sample(
     tokens is only text, and what fills no chunk is left out.
 
     Without ``text`` it is ``default_text()``; without ``tokens`` there are ``default_tokens`` of
-    them, or as many as the text has; without ``context`` it is 512, or fewer where the model or
-    ``tokens`` has fewer.
+    them, or as many as the text has, which "all" asks for; without ``context`` it is 512, or fewer
+    where the model or ``tokens`` has fewer.
 
     Raises TokenizerError for a model without a tokenizer, and UsageError for a text that is too
     short or held out, and for figures that make no sense.
@@ -133,7 +133,9 @@ def sample(
         name, text = default_text()
     refuse_heldout(name, text)
     weights = sum(tensor.size for tensor in checkpoint.tensors.values())
-    wanted = default_tokens(weights) if tokens is None else tokens
+    everything = len(text.encode()) + 1
+    wanted = tokens or default_tokens(weights)
+    wanted = everything if wanted == "all" else wanted
     limit = int(checkpoint.config.get("max_position_embeddings") or 2048)
     chunk = min(CONTEXT, wanted, limit) if context is None else context
     if chunk < LEAST_CONTEXT:
@@ -147,7 +149,7 @@ def sample(
     tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.generation_config)
     ids, bos = _encode(tokenizer, text, wanted)
     chunks = min(wanted, len(ids)) // chunk
-    if not chunks or (tokens is not None and len(ids) < tokens):
+    if not chunks or (isinstance(tokens, int) and len(ids) < tokens):
         raise UsageError(
             f"{name} has {len(ids)} tokens, and {wanted if chunks else chunk} are asked for: give "
             f"a longer text, or {'fewer tokens' if chunks else 'a smaller context'}"

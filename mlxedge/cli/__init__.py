@@ -38,6 +38,7 @@ COMMANDS = {
     "fetch": ("mlxedge.cli.fetch:command", "Download a model from the Hub."),
     "generate": ("mlxedge.cli.generate:command", "Continue a prompt with a model."),
     "chat": ("mlxedge.cli.chat:command", "Talk with a model."),
+    "calibrate": ("mlxedge.cli.calibrate:command", "Find out which weights of a model matter."),
     "evaluate": ("mlxedge.cli.evaluate:command", "Measure how well models predict a text."),
     "bench": ("mlxedge.cli.bench:command", "Measure how fast models run here."),
     "compare": ("mlxedge.cli.compare:command", "Compare records of bench."),

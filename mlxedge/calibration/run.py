@@ -1,0 +1,277 @@
+"""Calibrate a model into an imatrix file, and Hessians beside it, so that a kill costs a layer.
+
+Beside an output ``NAME`` stands ``.NAME.partial/`` while it is made: ``run.json``, which tells what
+is run on what; in ``layers/`` the statistics of each finished layer; ``states-K.bin``, the hidden
+states after K layers; and a lock. The next run of the same goes on after the last finished layer,
+one of anything else starts clean. The file, and the folder of Hessians, get their final names at
+the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from mlxedge.calibration.collect import as_calibration, collect_head, collect_layer
+from mlxedge.calibration.imatrix import write_imatrix
+from mlxedge.calibration.store import (
+    hessian_folder,
+    layer_file,
+    model_fingerprint,
+    read_layer,
+    write_layer,
+)
+from mlxedge.calibration.texts import Sample, sample
+from mlxedge.errors import MlxedgeError, OutputError
+from mlxedge.layers import LayerRunner, ProgressHook
+from mlxedge.outputs.staging import check_target, os_errors, partial_dir
+from mlxedge.prepare import check_weights, prepare
+
+if TYPE_CHECKING:
+    from mlxedge.sources.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What was made: ``path``, and ``hessians`` if asked for; on which text; and ``resumed``, how
+    many layers an earlier run had finished."""
+
+    path: Path
+    hessians: Path | None
+    text: str
+    text_sha256: str
+    tokens: int
+    context: int
+    bos: bool
+    layers: int
+    resumed: int
+    nbytes: int
+
+
+def calibrate_to_file(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    text: str | None = None,
+    text_name: str = "text",
+    tokens: int | Literal["all"] | None = None,
+    context: int | None = None,
+    hessians: bool = False,
+    threads: int | None = None,
+    force: bool = False,
+    progress: ProgressHook | None = None,
+) -> CalibrationReport:
+    """Run a text through ``checkpoint``, layer by layer from disk, and write the importance of the
+    inputs of its matrices to ``out``, an imatrix file as llama-imatrix writes it: GGUF, or the
+    older format if its name ends in .dat.
+
+    ``text``, ``tokens`` and ``context`` are as for :func:`mlxedge.calibration.texts.sample`. With
+    ``hessians`` a folder ``out.hessians`` is left beside it, for ``quality="best"``. Memory holds
+    one layer, its statistics and the hidden states, up to 1 GiB of them.
+
+    Raises OutputExistsError if something is at ``out`` and not ``force``, OutputError or
+    DiskFullError if it cannot be written, UnsupportedModelError and CorruptFileError for a model
+    that cannot be run, and what ``sample`` and ``LayerRunner`` do.
+    """
+    out = Path(out)
+    spec, checkpoint = prepare(checkpoint)
+    check_weights(spec, checkpoint)
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder: -o takes the name of the file")
+    taken = sample(checkpoint, text, name=text_name, tokens=tokens, context=context)
+    with _Run(out, checkpoint, taken, hessians, force) as run:
+        resumed = run.done
+        if not run.complete:
+            _collect(run, checkpoint, taken, hessians, threads, progress)
+            found = (one for path in run.layer_files() for one in read_layer(path, False)[0])
+            with os_errors(out):
+                legacy = out.suffix == ".dat"
+                write_imatrix(run.made, as_calibration(found, taken), spec, legacy)
+        run.publish()
+    folder = hessian_folder(out) if hessians else None
+    files = [out, *(folder.iterdir() if folder else [])]
+    return CalibrationReport(
+        path=out,
+        hessians=folder,
+        text=taken.text,
+        text_sha256=taken.sha256,
+        tokens=taken.tokens,
+        context=taken.context,
+        bos=taken.bos,
+        layers=run.layers,
+        resumed=resumed,
+        nbytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def _collect(
+    run: _Run,
+    checkpoint: Checkpoint,
+    taken: Sample,
+    hessians: bool,
+    threads: int | None,
+    progress: ProgressHook | None,
+) -> None:
+    with LayerRunner(checkpoint, taken.ids, threads, folder=run.dir) as runner:
+        if run.done:
+            with os_errors(run.out):
+                run.restore(runner)
+        while runner.done < runner.shape.layers:
+            layer = runner.done
+            found = collect_layer(runner, hessians, progress)
+            with os_errors(run.out):
+                write_layer(run.layer(layer), found, run.about)
+                run.keep_states(runner)
+            del found
+        head = collect_head(runner, hessians)
+        with os_errors(run.out):
+            write_layer(run.layer(None), [head], run.about)
+        if progress:
+            total = runner.shape.layers * runner.sequences
+            progress(total, total, "")
+
+
+class _Run:
+    """The half-finished state of a calibration. ``done`` layers are there from an earlier run, or
+    all is, and only the final names are missing (``complete``)."""
+
+    def __init__(
+        self, out: Path, checkpoint: Checkpoint, taken: Sample, hessians: bool, force: bool
+    ) -> None:
+        self.out, self.dir = out, partial_dir(out)
+        self.made = self.dir / f"made{out.suffix}"
+        self.layers: int = checkpoint.config["num_hidden_layers"]
+        self.done = 0
+        self._layers_dir = self.dir / "layers"
+        self._hessians = hessian_folder(out) if hessians else None
+        self._states_bytes = 4 * taken.ids.size * int(checkpoint.config["hidden_size"])
+        self.about = {
+            "model": model_fingerprint(checkpoint),
+            "text": taken.text,
+            "text_sha256": taken.sha256,
+            "tokens": str(taken.tokens),
+            "context": str(taken.context),
+        }
+        ids = hashlib.sha256(taken.ids.tobytes()).hexdigest()
+        self._key = {**self.about, "ids": ids, "hessians": str(hessians)}
+        check_target(out, force)
+        # A kill between the two last steps leaves Hessians of ours under their final name.
+        half_published = self.complete and not self._layers_dir.exists()
+        if self._hessians is not None and not half_published:
+            check_target(self._hessians, force)
+
+    @property
+    def complete(self) -> bool:
+        return self.made.is_file() and self._same()
+
+    def layer(self, layer: int | None) -> Path:
+        return self._layers_dir / layer_file(layer)
+
+    def layer_files(self) -> list[Path]:
+        return [self.layer(layer) for layer in [*range(self.layers), None]]
+
+    def __enter__(self) -> _Run:
+        from filelock import FileLock, Timeout
+
+        with os_errors(self.out):
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.dir / "lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise OutputError(
+                    f"{self.out} is being written by another run: wait for it, or change -o"
+                ) from error
+            try:
+                self._open()
+            except BaseException:
+                self._lock.release()
+                raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        """What is done is kept, but for a failure that the next run would meet again."""
+        self._lock.release()
+        again = isinstance(error, MlxedgeError) and not isinstance(error, OutputError)
+        if again or not self._kept():
+            shutil.rmtree(self.dir, ignore_errors=True)
+
+    def _same(self) -> bool:
+        try:
+            key = json.loads((self.dir / _KEY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(key == self._key)
+
+    def _open(self) -> None:
+        replaced, folder = self.dir / _REPLACED, hessian_folder(self.out)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        if not self._same():
+            for stale in self.dir.iterdir():
+                if stale.name != "lock":
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            (self.dir / _KEY).write_text(json.dumps(self._key), encoding="utf-8")
+        if self.complete:
+            self.done = self.layers
+            return
+        self._layers_dir.mkdir(exist_ok=True)
+        for done in range(self.layers, 0, -1):
+            states = self._states(done)
+            if states.is_file() and states.stat().st_size == self._states_bytes:
+                whole = all(self.layer(layer).is_file() for layer in range(done))
+                self.done = done if whole else 0
+                break
+
+    def _states(self, done: int) -> Path:
+        return self.dir / f"states-{done}.bin"
+
+    def keep_states(self, runner: LayerRunner) -> None:
+        """Once they are on disk, those before are not needed."""
+        path = self._states(runner.done)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            for index in range(runner.sequences):
+                file.write(runner.states.read(index).astype("<f4", copy=False).data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        for other in self.dir.glob("states-*.bin"):
+            if other != path:
+                other.unlink()
+
+    def restore(self, runner: LayerRunner) -> None:
+        with self._states(self.done).open("rb") as file:
+            shape = runner.length, runner.shape.hidden
+
+            def states(index: int) -> np.ndarray:
+                values = np.fromfile(file, "<f4", shape[0] * shape[1])
+                return values.reshape(shape).astype(np.float32, copy=False)
+
+            runner.restore(self.done, states)
+
+    def publish(self) -> None:
+        """Give everything its final name; begun again, it does what is left."""
+        with os_errors(self.out):
+            with self.made.open("rb+") as file:
+                os.fsync(file.fileno())
+            folder = self._hessians
+            if folder is not None and self._layers_dir.exists():
+                if folder.exists():
+                    folder.rename(self.dir / _REPLACED)
+                self._layers_dir.rename(folder)
+            self.made.replace(self.out)
+            shutil.rmtree(self.dir, ignore_errors=True)
+
+    def _kept(self) -> bool:
+        return any(self.dir.glob("states-*.bin")) or self.made.exists()
+
+
+_KEY, _REPLACED = "run.json", "replaced"

@@ -1,0 +1,186 @@
+"""Statistics of one layer in a file: sums, and Hessians where they were asked for.
+
+A safetensors file. For group i of matrices that share an input it holds ``i.sums`` f32 ``[cols]``
+and ``i.hessian`` f32 ``[cols · (cols + 1) / 2]``: of the symmetric Hessian, the rows from the
+diagonal on, one after the other. Its ``__metadata__`` tells of each group the names and the number
+of tokens, and what model and what text they are of.
+
+``mlxedge calibrate -o FILE --hessians`` leaves a folder ``FILE.hessians`` of them, one for each
+layer and one for the head: 2 · cols² bytes for each group, so 0.2 GB for a model of 135 M weights
+and 16 GB for one of 8·10⁹.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxedge.calibration.collect import Collected, input_groups
+from mlxedge.errors import CorruptFileError, SourceNotFoundError, UsageError
+from mlxedge.ops import load_reference
+from mlxedge.sources.safetensors import SafetensorsFile
+
+if TYPE_CHECKING:
+    from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
+
+FORMAT = "mlxedge-statistics-1"
+_SUFFIX = ".safetensors"
+
+
+def hessian_folder(file: Path) -> Path:
+    """Where the Hessians are that belong to an imatrix file."""
+    return file.with_name(f"{file.name}.hessians")
+
+
+def layer_file(layer: int | None) -> str:
+    """The name of a layer's file, or of the head's."""
+    return f"head{_SUFFIX}" if layer is None else f"layer-{layer:05d}{_SUFFIX}"
+
+
+def model_fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of a prepared checkpoint's shapes, of all its vectors and of two rows of each matrix,
+    decoded: the same for files of any kind that hold the same weights, and read at once."""
+    digest = hashlib.sha256()
+    reference = load_reference()
+    for name in sorted(checkpoint.tensors):
+        tensor = checkpoint.tensors[name]
+        digest.update(json.dumps([name, tensor.shape]).encode())
+        for row in sorted({0, tensor.rows // 2}):
+            parts = tensor.read_rows(row, row + 1)
+            digest.update(reference.decode(parts, tensor.encoding).astype("<f4").tobytes())
+    settings = {key: checkpoint.config.get(key) for key in _SETTINGS}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+#: What the config says that decides activations, beside the shapes.
+_SETTINGS = ("model_type", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+
+
+def write_layer(path: Path, found: list[Collected], metadata: Mapping[str, str]) -> None:
+    """Write a layer's statistics: under a temporary name, synced, renamed. Raises OSError."""
+    groups = [{"names": one.names, "count": one.count} for one in found]
+    arrays: dict[str, tuple[int, Iterator[np.ndarray]]] = {}
+    for i, one in enumerate(found):
+        cols = len(one.sums)
+        arrays[f"{i}.sums"] = cols, iter([one.sums])
+        if (hessian := one.hessian) is not None:
+            arrays[f"{i}.hessian"] = cols * (cols + 1) // 2, _upper(hessian)
+    about = {**metadata, "format": FORMAT, "groups": json.dumps(groups)}
+    header: dict[str, Any] = {"__metadata__": about}
+    end = 0
+    for name, (size, _) in arrays.items():
+        header[name] = {"dtype": "F32", "shape": [size], "data_offsets": [end, end + 4 * size]}
+        end += 4 * size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, rows in arrays.values():
+            for row in rows:
+                file.write(row.astype("<f4", copy=False).data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _upper(hessian: np.ndarray) -> Iterator[np.ndarray]:
+    return (row[i:] for i, row in enumerate(hessian))
+
+
+def read_layer(path: Path, hessians: bool = True) -> tuple[list[Collected], dict[str, str]]:
+    """What :func:`write_layer` wrote, and its metadata. Raises CorruptFileError."""
+    file = SafetensorsFile(path)
+    try:
+        groups = _groups(path, file.metadata)
+        found = []
+        for i, (names, count) in enumerate(groups):
+            sums = _read(file, f"{i}.sums")
+            packed = f"{i}.hessian"
+            hessian = None
+            if hessians and packed in file.entries:
+                hessian = _unpacked(path, _read(file, packed), len(sums))
+            found.append(Collected(names, sums, count, hessian))
+        return found, dict(file.metadata)
+    finally:
+        file.close()
+
+
+def _groups(path: Path, metadata: Mapping[str, str]) -> list[tuple[tuple[str, ...], int]]:
+    try:
+        if metadata["format"] != FORMAT:
+            raise ValueError
+        groups = [(tuple(g["names"]), g["count"]) for g in json.loads(metadata["groups"])]
+        if not all(type(n) is int and n > 0 and names for names, n in groups):
+            raise ValueError
+        return groups
+    except (KeyError, TypeError, ValueError):
+        raise CorruptFileError(path, "not statistics that mlxedge calibrate wrote") from None
+
+
+def _read(file: SafetensorsFile, name: str) -> np.ndarray:
+    entry = file.entries.get(name)
+    if entry is None or entry.dtype != "f32" or len(entry.shape) != 1:
+        raise CorruptFileError(file.path, f"it has no {name} of f32")
+    values = file.read_rows(name, 0, 1).reshape(-1)
+    if not np.isfinite(values).all():
+        raise CorruptFileError(file.path, f"{name} is not finite", entry.offset)
+    return values
+
+
+def _unpacked(path: Path, packed: np.ndarray, cols: int) -> np.ndarray:
+    if packed.size != cols * (cols + 1) // 2:
+        raise CorruptFileError(
+            path, f"a Hessian of {cols} columns cannot have {packed.size} values"
+        )
+    hessian = np.empty((cols, cols), np.float32)
+    start = 0
+    for i in range(cols):
+        row = packed[start : start + cols - i]
+        hessian[i, i:] = row
+        hessian[i:, i] = row
+        start += cols - i
+    return hessian
+
+
+def read_hessians(folder: str | Path, checkpoint: Checkpoint) -> Iterator[Collected]:
+    """What ``mlxedge calibrate --hessians`` kept, just as :func:`collect` yields it, for a prepared
+    checkpoint; one layer is in memory at a time.
+
+    Raises SourceNotFoundError where there is no such folder, UsageError if they are another
+    model's, and CorruptFileError for damaged or missing files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SourceNotFoundError(
+            f"{folder}: no such folder; make it with mlxedge calibrate --hessians"
+        )
+    fingerprint = model_fingerprint(checkpoint)
+    expected = input_groups(checkpoint)
+    for layer in [*range(checkpoint.config["num_hidden_layers"]), None]:
+        path = folder / layer_file(layer)
+        if not path.is_file():
+            raise CorruptFileError(path, "this layer's Hessians are missing: calibrate again")
+        found, metadata = read_layer(path)
+        if metadata.get("model") != fingerprint:
+            raise UsageError(
+                f"{folder} holds Hessians of another model than {checkpoint.origin.path}: "
+                "calibrate this one"
+            )
+        for one in found:
+            tensor = checkpoint.tensors.get(one.names[0])
+            if not expected or one.names != expected.pop(0) or not _fits(one, tensor):
+                raise CorruptFileError(path, f"{one.names[0]} is not what should be here")
+        while found:
+            yield found.pop(0)
+
+
+def _fits(one: Collected, tensor: SourceTensor | None) -> bool:
+    return tensor is not None and one.hessian is not None and len(one.sums) == tensor.cols
