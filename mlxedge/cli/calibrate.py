@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -46,7 +46,7 @@ def command(
     source: str,
     out: Path,
     text: Path | None,
-    tokens: int | str | None,
+    tokens: int | Literal["all"] | None,
     context: int | None,
     hessians: bool,
     revision: str | None,
