@@ -29,8 +29,13 @@ UNINFORMED = [
     "q4_0", "q4_1", "q8_0", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s",
     "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "mxfp4_moe",
 ]  # fmt: skip
-#: Types that only llama.cpp writes.
-UNWRITTEN = {name for name, encoding in GGML.items() if not encoding.writable}
+#: Recipes that between them make every type.
+BYTES = {
+    0: sorted({RECIPES[r][0]: r for r in QUANTIZED}.values()),
+    8: ["q4_k_m", "q5_0", "iq2_xs", "iq4_nl", "mxfp4_moe"],
+}
+#: This build of ggml breaks ties in another way than that of tests/ops.
+UNLIKE = ("iq1_m",)
 #: Layers enough for every third one to differ; 288 columns divide by 32 and not by 256.
 MODELS = {
     "llama": {"layers": 9},
@@ -171,10 +176,10 @@ def test_types_and_bytes_equal_llama_cpps(model: str, tmp_path: Path) -> None:
         assert tensors(tmp_path / f"{model}-{recipe.upper()}.gguf") == tensors(peer), recipe
 
 
-@pytest.mark.parametrize("experts", [0, 8])
+@pytest.mark.parametrize("experts", BYTES)
 def test_bytes_with_an_imatrix_equal_llama_cpps(experts: int, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    shapes = write_gguf_model(path, experts=experts, intermediate=512, vocab=260)
+    shapes = write_gguf_model(path, experts=experts, vocab=260)
     rng = np.random.default_rng(1)
     imatrix = {
         name: rng.exponential(size=(*dims[:-2], dims[-1])).astype(np.float32)
@@ -197,13 +202,13 @@ def test_bytes_with_an_imatrix_equal_llama_cpps(experts: int, tmp_path: Path) ->
         ]
         return b"".join(made)
 
-    for recipe in QUANTIZED:
+    for recipe in BYTES[experts]:
         quantize(path, tmp_path / "q.gguf", RECIPES[recipe][1], options=Options(imatrix=imatrix))
         choices = choose(recipe, shapes.items(), Shape(1, 2, experts), has_imatrix=True)
         for name, (kind, made) in tensors(tmp_path / "q.gguf").items():
             encoding = choices[name].encoding
             assert encoding.name == kind, (recipe, name)
-            if kind not in UNWRITTEN:
+            if kind not in UNLIKE:
                 assert ours(name, encoding) == made, (recipe, name, kind)
 
 
