@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -99,6 +99,27 @@ def write_imatrix(
         part = path.with_name(f"{path.name}.part")
         part.write_bytes(made)
         part.replace(path)
+
+
+def check_fits(
+    path: str | Path, calibration: Calibration, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise UsageError unless ``calibration``, read from ``path``, can be of the model whose
+    matrices have ``shapes`` ``[..., cols]``, by canonical name."""
+    known = [name for name in shapes if name in calibration.tensors]
+    if not known:
+        raise UsageError(
+            f"{path} is of another model: it knows {shown(next(iter(calibration.tensors)))} and no "
+            "matrix of this one"
+        )
+    for name in known:
+        *stack, _, cols = shapes[name]
+        wanted = (stack[-1] if stack else 1, cols)
+        if calibration.tensors[name].sums.shape != wanted:
+            raise UsageError(
+                f"{path} is of another model: {shown(name)} has {list(wanted)} inputs, there "
+                f"{list(calibration.tensors[name].sums.shape)}"
+            )
 
 
 def _gguf_entries(file: RandomAccessFile, head: GgufFile) -> _Entries:

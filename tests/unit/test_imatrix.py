@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxedge import gguf_values as gv
-from mlxedge.calibration.imatrix import read_imatrix, write_imatrix
+from mlxedge.calibration.imatrix import check_fits, read_imatrix, write_imatrix
 from mlxedge.calibration.statistics import Calibration, Statistics
 from mlxedge.encodings import F16, F32, Encoding
 from mlxedge.errors import CorruptFileError, MlxedgeError, SourceNotFoundError, UsageError
@@ -131,6 +131,20 @@ def test_round_trip(tmp_path: Path) -> None:
     for name, entry in made.tensors.items():
         assert found.tensors[name].sums.tobytes() == entry.sums.tobytes()
         assert found.tensors[name].counts.tolist() == entry.counts.tolist()
+
+
+def test_a_file_of_another_model() -> None:
+    found = read_imatrix(GOLDEN / "dense.gguf", SPEC)
+    down = "model.layers.0.mlp.down_proj.weight"
+    check_fits("i.gguf", found, {down: (128, 256), "model.embed_tokens.weight": (300, 128)})
+    with pytest.raises(UsageError, match=r"has \[1, 512\] inputs, there \[1, 256\]"):
+        check_fits("i.gguf", found, {down: (128, 512)})
+    with pytest.raises(UsageError, match="no matrix of this one"):
+        check_fits("i.gguf", found, {"model.embed_tokens.weight": (300, 128)})
+    experts = read_imatrix(GOLDEN / "experts.dat", SPEC)
+    check_fits("i.dat", experts, {"blk.0.ffn_down_exps.weight": (4, 64, 32)})
+    with pytest.raises(UsageError, match=r"has \[8, 16\] inputs, there \[4, 32\]"):
+        check_fits("i.dat", experts, {"blk.0.ffn_down_exps.weight": (8, 64, 16)})
 
 
 def test_a_text_whose_name_is_no_unicode(tmp_path: Path) -> None:

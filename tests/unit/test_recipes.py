@@ -1,10 +1,19 @@
 """llama.cpp's mixes, against figures of its own snapshots."""
 
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
 import pytest
 
 from mlxedge.encodings import F16, F32, GGML
+from mlxedge.errors import UsageError
+from mlxedge.outputs.gguf import plan_gguf
+from mlxedge.prepare import prepare
 from mlxedge.recipes.llama_cpp import RECIPES, Shape, choose
-from mlxedge.targets import GGUF_RECIPES
+from mlxedge.sources import open_source
+from mlxedge.targets import GGUF_RECIPES, parse_target
 
 
 def tensors(layers: int, cols: int = 512, tied: bool = False) -> list[tuple[str, tuple[int, ...]]]:
@@ -18,8 +27,11 @@ def tensors(layers: int, cols: int = 512, tied: bool = False) -> list[tuple[str,
     return made
 
 
-def kinds(recipe: str, part: str, layers: int = 16, **shape: int) -> list[str]:
-    chosen = choose(recipe, tensors(layers), Shape(layers=layers, gqa=shape.pop("gqa", 2), **shape))
+def kinds(
+    recipe: str, part: str, layers: int = 16, *, has_imatrix: bool = False, **shape: int
+) -> list[str]:
+    made = Shape(layers=layers, gqa=shape.pop("gqa", 2), **shape)
+    chosen = choose(recipe, tensors(layers), made, has_imatrix=has_imatrix)
     return [chosen[f"blk.{i}.{part}.weight"].encoding.name for i in range(layers)]
 
 
@@ -47,10 +59,35 @@ def test_q4_k_m_gives_more_bits_to_the_ends_and_every_third() -> None:
         ("q4_k_s", "ffn_down", ["q5_k"] * 2 + ["q4_k"] * 14),
         ("q5_k_s", "attn_v", ["q5_k"] * 16),
         ("q6_k", "ffn_down", ["q6_k"] * 16),
+        ("q2_k_s", "ffn_down", ["q4_k"] * 2 + ["q2_k"] * 14),
+        ("iq4_xs", "ffn_down", ["q5_k"] * 2 + ["iq4_xs"] * 14),
+        ("iq3_xs", "ffn_up", ["iq3_s"] * 2 + ["iq3_xxs"] * 12 + ["iq3_s"] * 2),
+        ("iq3_xs", "attn_q", ["iq3_xxs"] * 16),
+        ("iq3_xxs", "attn_v", ["iq3_s"] * 16),
+        ("iq3_xxs", "ffn_down", ["q4_k"] * 2 + ["q3_k"] * 14),
+        ("iq2_m", "attn_output", ["iq3_s"] * 16),
+        ("iq1_s", "attn_output", ["iq2_xxs"] * 16),
+        ("iq1_s", "ffn_down", ["q2_k"] * 2 + ["iq1_s"] * 14),
+        ("mxfp4_moe", "ffn_up", ["q8_0"] * 16),
     ],
 )
 def test_mixes(recipe: str, part: str, expected: list[str]) -> None:
     assert kinds(recipe, part) == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "part", "expected"),
+    [
+        ("q4_0", "ffn_down", ["q4_1"] * 2 + ["q4_0"] * 14),
+        ("q5_0", "ffn_down", ["q5_1"] * 2 + ["q5_0"] * 14),
+        ("iq4_xs", "ffn_down", ["iq4_xs"] * 16),
+        ("iq3_xxs", "ffn_down", ["iq3_xxs"] * 16),
+        ("iq3_xxs", "attn_v", ["iq3_xxs"] * 16),
+        ("q4_k_m", "attn_v", None),
+    ],
+)
+def test_mixes_with_an_imatrix(recipe: str, part: str, expected: list[str] | None) -> None:
+    assert kinds(recipe, part, has_imatrix=True) == (expected or kinds(recipe, part))
 
 
 def test_wide_groups_and_70b() -> None:
@@ -80,6 +117,10 @@ def test_the_head_gets_six_bits() -> None:
         ("q4_0", 576, "q4_0"),
         ("q4_0", 100, "f16"),
         ("q4_k_s", 100, "f16"),
+        ("iq3_s", 576, "iq4_nl"),
+        ("iq4_nl", 576, "iq4_nl"),
+        ("tq2_0", 576, "q4_0"),
+        ("iq1_s", 100, "f16"),
     ],
 )
 def test_rows_that_do_not_divide(recipe: str, cols: int, expected: str) -> None:
@@ -92,3 +133,22 @@ def test_norms_stay_f32_and_floats_stay_floats() -> None:
     chosen = choose("f16", tensors(1, 100), Shape(layers=1, gqa=1))
     assert chosen["output_norm.weight"].encoding is F32
     assert chosen["blk.0.ffn_up.weight"].encoding is F16
+
+
+def test_what_an_imatrix_must_cover(tiny: Path, tmp_path: Path) -> None:
+    with open_source(tiny) as source:
+        spec, checkpoint = prepare(source)
+        plan = functools.partial(
+            plan_gguf, checkpoint, spec, checkpoint.config, parse_target("gguf:iq2_xs"),
+            tmp_path / "m.gguf",
+        )  # fmt: skip
+        head = "model.embed_tokens.weight"
+        some = {name for name in checkpoint.tensors if "layers.0" in name}
+        with pytest.raises(UsageError, match=r"blk\.0\.attn_k\.weight and \d+ more tensors"):
+            plan()
+        with pytest.raises(UsageError, match=r"blk\.1\.attn_k\.weight and \d+ more tensors"):
+            plan(imatrix=True, known=some)
+        with pytest.raises(UsageError, match="importance matrix"):
+            plan(known=set(checkpoint.tensors))
+        whole = plan(imatrix=True, known=set(checkpoint.tensors) - {head})
+        assert whole.tensors == plan(imatrix=True).tensors
