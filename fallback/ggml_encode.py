@@ -12,8 +12,17 @@ from typing import Protocol
 import numpy as np
 
 from mlxedge.encodings import GGML, GgmlBlock
-from mlxedge.errors import UsageError
-from mlxedge.fallback import ggml_importance, ggml_iq4, ggml_k, ggml_legacy, ggml_small
+from mlxedge.errors import UnsupportedEncodingError, UsageError
+from mlxedge.fallback import (
+    ggml_importance,
+    ggml_iq1,
+    ggml_iq2,
+    ggml_iq3,
+    ggml_iq4,
+    ggml_k,
+    ggml_legacy,
+    ggml_small,
+)
 from mlxedge.fallback.ggml_importance import SPARE
 
 #: Kernels that weigh all columns alike: (x, out).
@@ -46,7 +55,18 @@ _WEIGHTED: dict[str, Callable[[np.ndarray, np.ndarray, int, np.ndarray], None]] 
     "q6_k": ggml_importance.encode_q6_k,
     "iq4_nl": ggml_iq4.encode_iq4_nl,
     "iq4_xs": ggml_iq4.encode_iq4_xs,
+    "iq3_s": ggml_iq3.encode_iq3_s,
+    "iq3_xxs": ggml_iq3.encode_iq3_xxs,
+    "iq2_s": ggml_iq2.encode_iq2_s,
+    "iq2_xs": ggml_iq2.encode_iq2_xs,
+    "iq2_xxs": ggml_iq2.encode_iq2_xxs,
+    "iq1_s": ggml_iq1.encode_iq1_s,
+    "iq1_m": ggml_iq1.encode_iq1_m,
 }
+
+#: Types that ggml encodes with an importance matrix or not at all
+#: (``ggml_quantize_requires_imatrix``).
+NEEDS_IMPORTANCE = frozenset({"iq2_xs", "iq2_xxs", "iq1_s"})
 
 #: To kernels of ``_WEIGHTED`` that have no other: there is no importance.
 _NONE = np.empty(0, np.float32)
@@ -68,7 +88,7 @@ def _encoder(encoding: GgmlBlock) -> Encoder:
         Both C-contiguous. ``importance``, float32 ``[cols]``: how much the errors of a column
         count; types without a use for it ignore it. Rows are independent and the GIL is released,
         so threads may share the rows out. Compiled on the first call. Infinities and NaN give
-        meaningless bytes.
+        meaningless bytes. Types of ``NEEDS_IMPORTANCE`` raise UnsupportedEncodingError without.
         """
         rows, cols = x.shape
         # A kernel checks nothing: it would write past the end.
@@ -84,6 +104,11 @@ def _encoder(encoding: GgmlBlock) -> Encoder:
             raise UsageError(
                 f"{encoding}: importance is {importance.dtype} {importance.shape}, "
                 f"not float32 ({cols},)"
+            )
+        if importance is None and encoding.name in NEEDS_IMPORTANCE:
+            raise UnsupportedEncodingError(
+                f"{encoding} needs the importance of columns: calibrate, or give an importance "
+                'matrix, or take quality "fast"'
             )
         weights = x.reshape(-1)
         weights.flags.writeable = False  # one compilation serves read-only maps and arrays alike

@@ -38,7 +38,10 @@ GGML_WRITABLE = [e for e in GGML.values() if e.name in MlxOps.ggml_types]
 WRITABLE = [*PLAIN.values(), *AFFINE, *MLX_FLOAT.values(), *GGML_WRITABLE]
 READ_ONLY = [e for e in GGML.values() if not e.writable]
 #: What only the fallback writes, by name, so that nothing else drops out of these tests.
-FALLBACK_ONLY = ["iq4_nl", "iq4_xs", "mxfp4", "tq1_0", "tq2_0"]
+FALLBACK_ONLY = [
+    "iq1_m", "iq1_s", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_s", "iq3_xxs", "iq4_nl", "iq4_xs",
+    "mxfp4", "tq1_0", "tq2_0",
+]  # fmt: skip
 K_QUANTS = [e for e in GGML_WRITABLE if e.block == 256]
 
 

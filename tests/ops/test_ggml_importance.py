@@ -19,7 +19,8 @@ from mlxedge.errors import UsageError
 from mlxedge.fallback import OPS
 from mlxedge.fallback.ggml_encode import ENCODERS
 
-TYPES = sorted(ENCODERS)
+#: The lattice formats have tests of their own: there ggml aborts on some of what follows.
+TYPES = sorted(name for name in ENCODERS if not name.startswith(("iq1_", "iq2_", "iq3_")))
 WEIGHED = sorted(golden.WEIGHED)
 
 against_ggml = pytest.mark.skipif(

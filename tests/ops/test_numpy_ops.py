@@ -14,12 +14,13 @@ from oracles.hard_weights import DTYPES
 from mlxedge.encodings import GGML, MLX_FLOAT, PLAIN, Affine, Encoding
 from mlxedge.errors import UnsupportedEncodingError, UsageError
 from mlxedge.fallback import OPS
+from mlxedge.fallback.ggml_encode import NEEDS_IMPORTANCE
 from mlxedge.fallback.jit import kernel
 from mlxedge.ops import Parts, load_ops
 
 WRITABLE: list[Encoding] = [
     *PLAIN.values(),
-    *(e for e in GGML.values() if e.writable),
+    *(e for e in GGML.values() if e.writable and e.name not in NEEDS_IMPORTANCE),
     Affine(3, 32, "f32"),
     Affine(4, 64, "bf16"),
     Affine(5, 128, "f16"),
