@@ -60,7 +60,8 @@ def main() -> None:
 
     def run_ours() -> Run:
         command = [sys.executable, "-m", "mlxedge", "convert", str(model), "--to", "gguf:q4_k_m"]
-        return run_process([*command, "-o", str(fresh(ours)), "--threads", threads])
+        command += ["--quality", "reference", "--threads", threads]
+        return run_process([*command, "-o", str(fresh(ours))])
 
     def run_theirs() -> Run:
         fresh(middle), fresh(theirs)

@@ -31,7 +31,8 @@ def main() -> None:
     def run_ours() -> Run:
         command = [sys.executable, "-m", "mlxedge", "convert", str(model), "--to", "mlx:4bit"]
         backend = ["--backend", options.backend] if options.backend else []
-        return run_process([*command, "-o", str(fresh(ours)), *backend])
+        rule = ["--quality", "reference"]
+        return run_process([*command, "-o", str(fresh(ours)), *rule, *backend])
 
     def run_theirs() -> Run:
         command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(model), "-q"]

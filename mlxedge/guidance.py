@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from mlxedge.encodings import Encoding
+from mlxedge.errors import MlxedgeError, TokenizerError, UsageError
 from mlxedge.ops import Feedback, Quality, load_reference
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from mlxedge.calibration.collect import Collected
     from mlxedge.calibration.statistics import Calibration
+    from mlxedge.calibration.texts import Sample
     from mlxedge.models.spec import ModelSpec
     from mlxedge.sources.checkpoint import Checkpoint
 
-Collected = CalibrationRun = Any
+#: Called with steps done, steps in all, and what runs now.
 ProgressHook = Callable[[int, int, str], None]
 
 #: With fewer bits a search that knows nothing of the inputs may do harm: the least squares of
@@ -38,11 +40,7 @@ class Hint:
 
 
 class Guide:
-    """Nothing is known. Other guides know more.
-
-    ``searches`` tells whether encodings may be searched at all; without, every matrix gets the rule
-    of its runtime.
-    """
+    """Nothing is known of any input. Other guides know more."""
 
     def __init__(self, asked: Quality = "reference") -> None:
         self.asked = asked
@@ -57,11 +55,16 @@ class Guide:
 
     def quality(self, encoding: Encoding, hint: Hint) -> Quality:
         """The quality that a tensor gets."""
+        from mlxedge.grids import has_grid
+
         if self.asked == "reference" or encoding.family == "plain":
             return "reference"
         if hint.importance is None and encoding.bits_per_weight < LEAST_BITS_UNCALIBRATED:
             return "reference"
-        return "fast" if hint.feedback is None else "best"
+        return "best" if hint.feedback is not None and has_grid(encoding) else "fast"
+
+    def close(self) -> None:
+        """Free what a run of the model holds."""
 
 
 class CalibratedGuide(Guide):
@@ -82,7 +85,7 @@ class FeedbackGuide(Guide):
     of a group is dropped when the next is asked for, so that memory holds two or three of them.
     """
 
-    def __init__(self, groups: Iterable[tuple[str, ...]], collected: Iterator[Collected]) -> None:
+    def __init__(self, groups: Iterable[tuple[str, ...]], collected: Generator[Collected]) -> None:
         super().__init__("best")
         self._rank = {name: i for i, names in enumerate(groups) for name in names}
         self._collected = collected
@@ -106,23 +109,29 @@ class FeedbackGuide(Guide):
             self._current = dict.fromkeys(found.names, Hint(importance, feedback))
         return self._current[name]
 
+    def close(self) -> None:
+        self._collected.close()
+
 
 @dataclass(frozen=True)
 class Guidance:
     """How a plan's tensors are to be encoded: settled when planning, carried out when running.
 
     ``quality`` is the one asked for, or what it comes to. ``described`` is what the record says of
-    the calibration, ``None`` without one; ``note`` says why there is none.
+    the calibration, ``None`` without one; ``note`` says why there is none. Of ``calibration`` (from
+    an imatrix file), ``sample`` (tokens to run) and ``hessians`` (a folder) those are set that the
+    calibration is made of; ``known`` are the tensors whose inputs it tells of.
     """
 
     quality: Quality = "reference"
     described: Mapping[str, object] | None = None
     note: str | None = None
-    #: The tensors whose inputs will be known.
     known: frozenset[str] = frozenset()
+    #: What the calibration takes beside the encoding.
     memory_bytes: int = 0
     calibration: Calibration | None = None
-    run: CalibrationRun | None = None
+    sample: Sample | None = None
+    hessians: Path | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -132,7 +141,7 @@ class Guidance:
         """This, or one without a calibration if none of ``encodings`` gains by it."""
         if any(e.bits_per_weight < MOST_BITS_CALIBRATED for e in encodings):
             return self
-        return replace(self, described=None, note=None, memory_bytes=0, calibration=None, run=None)
+        return Guidance(self.quality)
 
     def sentence(self) -> str:
         """For the reader of a plan."""
@@ -140,18 +149,28 @@ class Guidance:
             return f"quality {self.quality}" + (f": {self.note}" if self.note else "")
         return f"quality {self.quality}, calibrated on {self.described['what']}"
 
-    @contextmanager
-    def guide(
-        self, checkpoint: Checkpoint, threads: int, progress: ProgressHook | None
-    ) -> Iterator[Guide]:
-        """Run the model if that is planned, and say what is known of each tensor."""
-        if self.run is not None:
-            with self.run.guide(self.quality, checkpoint, threads, progress) as guide:
-                yield guide
-        elif self.calibration is not None:
-            yield CalibratedGuide(self.quality, self.calibration)
-        else:
-            yield Guide(self.quality)
+    def guide(self, checkpoint: Checkpoint, threads: int, progress: ProgressHook | None) -> Guide:
+        """Run the model if that is planned, and say what is known of each tensor.
+
+        For quality "best" the model is run on the way, as tensors are asked for. Raises what
+        ``mlxedge.calibration`` does.
+        """
+        from mlxedge.calibration.collect import calibrate, collect, input_groups
+        from mlxedge.calibration.store import read_hessians
+
+        if self.hessians is not None:
+            return FeedbackGuide(input_groups(checkpoint), read_hessians(self.hessians, checkpoint))
+        if self.calibration is not None:
+            return CalibratedGuide(self.quality, self.calibration)
+        if self.sample is None:
+            return Guide(self.quality)
+        if self.quality == "best":
+            found = collect(
+                checkpoint, self.sample, hessians=True, threads=threads, progress=progress
+            )
+            return FeedbackGuide(input_groups(checkpoint), found)
+        calibration = calibrate(checkpoint, self.sample, threads=threads, progress=progress)
+        return CalibratedGuide(self.quality, calibration)
 
 
 def plan_guidance(
@@ -160,6 +179,129 @@ def plan_guidance(
     quality: Quality,
     calibrate: str | Path | Literal[False] | None,
 ) -> Guidance:
-    """Settle how to calibrate ``checkpoint`` for ``quality``, as ``mlxedge.conversion.convert``
-    says of ``calibrate``."""
-    return Guidance(quality)
+    """Settle how to calibrate a prepared ``checkpoint`` for ``quality``, as
+    ``mlxedge.conversion.convert`` says of ``calibrate``.
+
+    Raises UsageError and CorruptFileError for a file that does not serve, and whatever says that a
+    model cannot be run on a text which the user asked for.
+    """
+    if calibrate is False:
+        if quality == "best":
+            raise UsageError("quality best needs a calibration: leave --no-calibrate out")
+        return Guidance(note="without a calibration")
+    if calibrate is None:
+        return _by_default(checkpoint, quality)
+    path = Path(calibrate)
+    if _is_imatrix(path):
+        return _by_imatrix(checkpoint, spec, quality, path)
+    from mlxedge.calibration.texts import read_text, sample
+
+    taken = sample(checkpoint, read_text(path), name=path.name)
+    return _by_sample(checkpoint, quality, taken)
+
+
+def _by_default(checkpoint: Checkpoint, quality: Quality) -> Guidance:
+    """A short calibration, as well as it can be done; for "best" it must be possible."""
+    from mlxedge.calibration.texts import random_sample, sample
+    from mlxedge.models.decoder import shape_of
+
+    if quality == "reference":
+        return Guidance()
+    try:
+        shape_of(checkpoint.config)
+        try:
+            taken = sample(checkpoint)
+        except TokenizerError:
+            taken = random_sample(checkpoint)
+        return _by_sample(checkpoint, quality, taken)
+    except MlxedgeError as error:
+        if quality == "best":
+            raise
+        return Guidance(note=f"no calibration, since {error}")
+
+
+def _by_sample(checkpoint: Checkpoint, quality: Quality, taken: Sample) -> Guidance:
+    from mlxedge.calibration.collect import input_groups
+
+    groups = input_groups(checkpoint)
+    layers: dict[str, int] = {}
+    widest = 0
+    for names in groups:
+        layer = names[0].rpartition(".layers.")[2].partition(".")[0]
+        tensors = [checkpoint.tensors[name] for name in names]
+        layers[layer] = layers.get(layer, 0) + sum(t.nbytes for t in tensors)
+        widest = max(widest, tensors[0].cols)
+    states = 8 * taken.tokens * int(checkpoint.config["hidden_size"])
+    # A Hessian as it is collected, inverted (f64 on the way) and kept for two groups.
+    squares = 40 * widest * widest if quality == "best" else 0
+    return Guidance(
+        quality,
+        {
+            "kind": "text",
+            "what": f"{taken.tokens} tokens of {taken.text}",
+            "text": taken.text,
+            "sha256": taken.sha256,
+            "tokens": taken.tokens,
+            "context": taken.context,
+        },
+        known=frozenset(name for names in groups for name in names),
+        memory_bytes=max(layers.values()) + states + squares,
+        sample=taken,
+    )
+
+
+def _is_imatrix(path: Path) -> bool:
+    """GGUF by its first bytes, the older format because it is no text."""
+    from mlxedge.sources.gguf import MAGIC
+
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 12)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    return head.startswith(MAGIC) or b"\0" in head
+
+
+def _by_imatrix(
+    checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path: Path
+) -> Guidance:
+    from mlxedge.calibration.imatrix import read_imatrix
+    from mlxedge.calibration.store import hessian_folder
+    from mlxedge.record import sha256_file
+
+    calibration = read_imatrix(path, spec)
+    known = set()
+    for name, found in calibration.tensors.items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None:
+            continue
+        if found.sums.shape[1] != tensor.cols:
+            raise UsageError(
+                f"{path} knows {found.sums.shape[1]} columns of {name}, which has {tensor.cols}: "
+                "it is of another model"
+            )
+        known.add(name)
+    if not known:
+        raise UsageError(f"{path} knows none of this model's matrices: it is of another model")
+    hessians = None
+    if quality == "best":
+        hessians = hessian_folder(path)
+        if not hessians.is_dir():
+            raise UsageError(
+                f"quality best needs Hessians, and there is no {hessians}: make it with mlxedge "
+                "calibrate --hessians, give a text instead, or take --quality fast"
+            )
+    return Guidance(
+        quality,
+        {
+            "kind": "imatrix",
+            "what": path.name,
+            "sha256": sha256_file(path),
+            "texts": list(calibration.texts),
+            "tokens": calibration.tokens,
+            "context": calibration.context,
+        },
+        known=frozenset(known),
+        calibration=calibration,
+        hessians=hessians,
+    )

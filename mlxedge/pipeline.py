@@ -139,8 +139,7 @@ def run_plan(
             stack.callback(stage.keep)
             stages.append(stage)
         hashes = stack.enter_context(SourceHashes(checkpoint.origin))
-        guide = stack.enter_context(plan.guidance.guide(checkpoint, workers, progress))
-        run = _Run(plan, checkpoint, ops, stages, allow_nan, workers, progress, guide)
+        run = _Run(plan, checkpoint, ops, stages, allow_nan, workers, progress)
         try:
             run.run()
         except (BadWeightsError, UnsupportedEncodingError):
@@ -171,10 +170,9 @@ class _Run:
         allow_nan: bool,
         threads: int,
         progress: ProgressHook | None,
-        guide: Guide,
     ) -> None:
         self.plan = plan
-        self.guide = guide
+        self.guide = Guide()
         self.checkpoint = checkpoint
         self.ops = ops
         self.reference = load_reference()
@@ -188,6 +186,15 @@ class _Run:
         self._guard = threading.Lock()
 
     def run(self) -> None:
+        """Calibrate if that is planned, and encode everything."""
+        try:
+            self.guide = self.plan.guidance.guide(self.checkpoint, self.threads, self._calibrating)
+        except BadWeightsError:
+            self._explain()
+        with contextlib.closing(self.guide):
+            self._encode_all()
+
+    def _encode_all(self) -> None:
         running: set[Future[None]] = set()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="mlxedge") as pool:
             try:
@@ -252,13 +259,36 @@ class _Run:
             step = self._rows_per_chunk(source, [p for _, p in goals[name]])
             starts = range(0, source.rows, step)
             encoded = [p for _, p in goals[name] if p.how == "encode"]
-            hint = self.guide.hint(name) if encoded else Hint()
+            hint = self._hint(name) if encoded else Hint()
             results = [TensorResult(p.name, p.encoding.name, how=p.how) for _, p in goals[name]]
             for (_, planned), result in zip(goals[name], results, strict=True):
                 result.quality = self.guide.quality(planned.encoding, hint)
             work = _Work(source, goals[name], len(starts), results, hint)
             for start in starts:
                 yield work, start, min(start + step, source.rows)
+
+    def _hint(self, name: str) -> Hint:
+        try:
+            return self.guide.hint(name)
+        except BadWeightsError:
+            self._explain()
+            raise
+
+    def _explain(self) -> None:
+        """After a calibration that met what is not finite: raise BadWeightsError for the first
+        weight that is not, or let the plain rules do where the user allowed that."""
+        if self.allow_nan:
+            return
+        for source in self.checkpoint.tensors.values():
+            step = self._rows_per_chunk(source, [])
+            for start in range(0, source.rows, step):
+                parts = source.read_rows(start, min(start + step, source.rows))
+                self._is_finite(self._decode(parts, source.encoding), source, start)
+        raise
+
+    def _calibrating(self, done: int, steps: int, what: str) -> None:
+        if self.progress is not None and what:
+            self._advance(0, f"calibrating, {what}")
 
     def _rows_per_chunk(self, source: SourceTensor, planned: list[PlannedTensor]) -> int:
         step = max(1, self.plan.chunk_weights // source.cols)

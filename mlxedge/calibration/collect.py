@@ -7,7 +7,7 @@ llama-cpp-python 0.3.36): of every position, chunk after chunk. Hessians are tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +59,7 @@ def collect(
     threads: int | None = None,
     folder: Path | None = None,
     progress: ProgressHook | None = None,
-) -> Iterator[Collected]:
+) -> Generator[Collected]:
     """Run ``sample`` through a prepared ``checkpoint`` and yield what its matrices saw, in the
     order of ``input_groups``.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +150,7 @@ def _unpacked(path: Path, packed: np.ndarray, cols: int) -> np.ndarray:
     return hessian
 
 
-def read_hessians(folder: str | Path, checkpoint: Checkpoint) -> Iterator[Collected]:
+def read_hessians(folder: str | Path, checkpoint: Checkpoint) -> Generator[Collected]:
     """What ``mlxedge calibrate --hessians`` kept, just as :func:`collect` yields it, for a prepared
     checkpoint; one layer is in memory at a time.
 

@@ -161,6 +161,17 @@ def sample(
     return Sample(cut, name, digest, len(ids), bos is not None)
 
 
+def random_sample(checkpoint: Checkpoint) -> Sample:
+    """Random tokens, for a model whose tokenizer cannot be used: of what calibration gains they
+    bring most, since which columns are large hardly depends on the text."""
+    weights = sum(tensor.size for tensor in checkpoint.tensors.values())
+    context = min(CONTEXT, int(checkpoint.config.get("max_position_embeddings") or 2048))
+    chunks = max(1, default_tokens(weights) // context)
+    ids = np.random.default_rng(0).integers(checkpoint.config["vocab_size"], size=(chunks, context))
+    digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+    return Sample(ids.astype(np.int64), "random tokens", digest, ids.size, False)
+
+
 def _encode(tokenizer: Tokenizer, text: str, wanted: int) -> tuple[list[int], int | None]:
     """At least the first ``wanted`` tokens of a text, if it has so many, and BOS if it leads."""
     bos = tokenizer.bos_id if tokenizer.encode("")[:1] == [tokenizer.bos_id] else None

@@ -31,7 +31,7 @@ _EPILOG = "Targets: " + " ".join(known_targets()) + "; MLX groups of 32 or 128: 
     "folder) the folder to write into.",
 )  # fmt: skip
 @click.option(
-    "--quality", type=click.Choice(["reference", "fast", "best"]), default="reference",
+    "--quality", type=click.Choice(["reference", "fast", "best"]), default="fast",
     show_default=True,
     help="How scales and codes are chosen: by the rule of llama.cpp or MLX, by a search, or by a "
     "search and error feedback (GPTQ).",
