@@ -15,8 +15,8 @@ are the lanes of vectors, zeros where there are fewer; in each lane every sum is
 multiply-adds in the order of columns. So a row's codes depend on nothing but that row, its scales
 and the :class:`~mlxedge.ops.Feedback`.
 
-:func:`prepare` factors H in float32, blocks on the diagonal in float64. Its products are the BLAS's,
-whose last bits may differ from one machine to another.
+:func:`prepare` factors H in float32, blocks on the diagonal in float64. Its products are those of
+the BLAS, whose last bits may differ from one machine to another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 

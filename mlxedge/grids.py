@@ -54,7 +54,7 @@ class Grid:
     def values(self, codes: np.ndarray) -> np.ndarray:
         """What u8 ``codes`` ``[rows, cols]`` stand for, f32."""
         rows, cols = codes.shape
-        levels = self.levels[codes].reshape(rows, -1, self.group)
+        levels = self.levels[codes].reshape(rows, cols // self.group, self.group)
         with np.errstate(invalid="ignore", over="ignore"):
             values = self.scale[..., None] * levels + self.offset[..., None]
         return values.reshape(rows, cols)
@@ -241,10 +241,10 @@ def grid(parts: Parts, encoding: Encoding) -> Grid:
     blocks = parts["weight"].reshape(-1, encoding.nbytes((encoding.block,)))
     with np.errstate(invalid="ignore", over="ignore"):
         scale, low = layout.scales(blocks)
-    rows = len(parts["weight"])
+    rows, cols = _shape(parts, encoding)
     return _grid(
-        scale.reshape(rows, -1),
-        None if low is None else low.reshape(rows, -1),
+        scale.reshape(rows, cols // layout.group),
+        None if low is None else low.reshape(rows, cols // layout.group),
         layout.group,
         layout.levels,
         layout.choices,
@@ -256,7 +256,6 @@ def codes(parts: Parts, encoding: Encoding) -> np.ndarray:
 
     Raises UnsupportedEncodingError for encodings that have none.
     """
-    rows = len(parts["weight"])
     if isinstance(encoding, Affine | MlxFloat):
         return _unpack(parts["weight"], encoding.bits)
     layout = _layout(encoding)
@@ -266,7 +265,7 @@ def codes(parts: Parts, encoding: Encoding) -> np.ndarray:
         plane.read(blocks, read)
     if layout.flip:
         read ^= np.uint8(layout.flip)
-    return read.reshape(rows, -1)
+    return read.reshape(_shape(parts, encoding))
 
 
 def with_codes(parts: Parts, encoding: Encoding, chosen: np.ndarray) -> Parts:
@@ -284,6 +283,12 @@ def with_codes(parts: Parts, encoding: Encoding, chosen: np.ndarray) -> Parts:
     for plane in layout.planes:
         plane.write(stored, blocks)
     return {**parts, "weight": blocks.reshape(parts["weight"].shape)}
+
+
+def _shape(parts: Parts, encoding: Encoding) -> tuple[int, int]:
+    """``[rows, cols]`` of a matrix in one of ggml's types."""
+    rows, width = parts["weight"].shape
+    return rows, width // encoding.nbytes((encoding.block,)) * encoding.block
 
 
 def _layout(encoding: Encoding) -> _Layout:
@@ -320,8 +325,9 @@ def _pack(chosen: np.ndarray, bits: int) -> np.ndarray:
     x = (x & _PAIRS) | (x >> np.uint64(8) & _PAIRS) << np.uint64(bits)
     x = (x & _FOURS) | (x >> np.uint64(16) & _FOURS) << np.uint64(2 * bits)
     x = (x & _LOW) | x >> np.uint64(32) << np.uint64(4 * bits)
-    stream = x.astype("<u8").view(np.uint8).reshape(len(chosen), -1, 8)[:, :, :bits]
-    return np.ascontiguousarray(stream).reshape(len(chosen), -1).view(np.uint32)
+    rows, words = x.shape
+    stream = x.view(np.uint8).reshape(rows, words, 8)[:, :, :bits]
+    return np.ascontiguousarray(stream).reshape(rows, words * bits).view(np.uint32)
 
 
 def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
@@ -331,8 +337,8 @@ def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         return stream.copy()
     wide = np.zeros((rows, stream.shape[1] // bits, 8), np.uint8)
-    wide[:, :, :bits] = stream.reshape(rows, -1, bits)
-    x = wide.reshape(rows, -1).view(np.uint64)
+    wide[:, :, :bits] = stream.reshape(rows, wide.shape[1], bits)
+    x = wide.reshape(rows, 8 * wide.shape[1]).view(np.uint64)
     x = (x & np.uint64((1 << 4 * bits) - 1)) | x >> np.uint64(4 * bits) << np.uint64(32)
     pair = np.uint64(((1 << 2 * bits) - 1) * 0x0000000100000001)
     x = (x & pair) | (x >> np.uint64(2 * bits) & pair) << np.uint64(16)
