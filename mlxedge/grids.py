@@ -76,20 +76,22 @@ class _Plane:
 
     def read(self, blocks: np.ndarray, codes: np.ndarray) -> None:
         """OR the fields of ``blocks`` ``[n, block bytes]`` into ``codes`` ``[n, weights]``."""
-        raw = blocks[:, self.start : self.stop].reshape(len(blocks), -1, self.run)
-        fields = codes.reshape(len(blocks), raw.shape[1], -1, self.run)
+        n, runs = len(blocks), (self.stop - self.start) // self.run
+        raw = blocks[:, self.start : self.stop].reshape(n, runs, self.run)
+        fields = codes.reshape(n, runs, 8 // self.width, self.run)
         mask = (1 << self.width) - 1
         for i in range(8 // self.width):
             fields[:, :, i] |= (raw >> (i * self.width) & mask) << self.shift
 
     def write(self, codes: np.ndarray, blocks: np.ndarray) -> None:
         """The inverse of :meth:`read`, over what ``blocks`` held."""
-        fields = codes.reshape(len(blocks), -1, 8 // self.width, self.run)
-        raw = np.zeros((len(blocks), fields.shape[1], self.run), np.uint8)
+        n, runs = len(blocks), (self.stop - self.start) // self.run
+        fields = codes.reshape(n, runs, 8 // self.width, self.run)
+        raw = np.zeros((n, runs, self.run), np.uint8)
         mask = (1 << self.width) - 1
         for i in range(8 // self.width):
             raw |= (fields[:, :, i] >> self.shift & mask) << (i * self.width)
-        blocks[:, self.start : self.stop] = raw.reshape(len(blocks), -1)
+        blocks[:, self.start : self.stop] = raw.reshape(n, runs * self.run)
 
 
 class _Trits:
@@ -238,7 +240,7 @@ def grid(parts: Parts, encoding: Encoding) -> Grid:
         levels, bytes_ = _FLOATS[encoding.mode]
         return _grid(bytes_[parts["scales"]], None, encoding.group, levels)
     layout = _layout(encoding)
-    blocks = parts["weight"].reshape(-1, encoding.nbytes((encoding.block,)))
+    blocks = _blocks(parts, encoding)
     with np.errstate(invalid="ignore", over="ignore"):
         scale, low = layout.scales(blocks)
     rows, cols = _shape(parts, encoding)
@@ -259,7 +261,7 @@ def codes(parts: Parts, encoding: Encoding) -> np.ndarray:
     if isinstance(encoding, Affine | MlxFloat):
         return _unpack(parts["weight"], encoding.bits)
     layout = _layout(encoding)
-    blocks = parts["weight"].reshape(-1, encoding.nbytes((encoding.block,)))
+    blocks = _blocks(parts, encoding)
     read = np.zeros((len(blocks), encoding.block), np.uint8)
     for plane in layout.planes:
         plane.read(blocks, read)
@@ -276,13 +278,19 @@ def with_codes(parts: Parts, encoding: Encoding, chosen: np.ndarray) -> Parts:
     if isinstance(encoding, Affine | MlxFloat):
         return {**parts, "weight": _pack(chosen, encoding.bits)}
     layout = _layout(encoding)
-    blocks = parts["weight"].reshape(-1, encoding.nbytes((encoding.block,))).copy()
+    blocks = _blocks(parts, encoding).copy()
     stored = np.ascontiguousarray(chosen).reshape(len(blocks), encoding.block)
     if layout.flip:
         stored = stored ^ np.uint8(layout.flip)
     for plane in layout.planes:
         plane.write(stored, blocks)
     return {**parts, "weight": blocks.reshape(parts["weight"].shape)}
+
+
+def _blocks(parts: Parts, encoding: Encoding) -> np.ndarray:
+    """The blocks of a matrix in one of ggml's types, u8 ``[n, block bytes]``."""
+    size = encoding.nbytes((encoding.block,))
+    return parts["weight"].reshape(parts["weight"].size // size, size)
 
 
 def _shape(parts: Parts, encoding: Encoding) -> tuple[int, int]:
