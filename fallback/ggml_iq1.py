@@ -321,7 +321,7 @@ def _largest(tile: Any, n: Any) -> Any:
 
 
 @inner
-def _put_s(numbers: Any, shifts: Any, index: Any, found: Any, lane: Any, out: Any, at: Any) -> None:
+def _put_s(numbers: Any, shifts: Any, ids: Any, found: Any, lane: Any, out: Any, at: Any) -> None:
     """Write an IQ1_S block: f16 d, 32 low bytes of points, 8 of 4 x 3 high bits, scale, shift."""
     clear(out, at, 2)
     greatest = greatest_of(found, lane, 8)
@@ -333,7 +333,7 @@ def _put_s(numbers: Any, shifts: Any, index: Any, found: Any, lane: Any, out: An
     for j in range(8):
         word = 0
         for k in range(4):
-            point = index[numbers[LANES * k + lane + j]]
+            point = ids[numbers[LANES * k + lane + j]]
             out[at + 2 + 4 * j + k] = point & 255
             word |= point >> 8 << 3 * k
         if greatest != _ZERO:
@@ -344,7 +344,7 @@ def _put_s(numbers: Any, shifts: Any, index: Any, found: Any, lane: Any, out: An
 
 
 @kernel
-def _encode_s(x: Any, importance: Any, cols: Any, index: Any, lists: Any, out: Any) -> None:
+def _encode_s(x: Any, importance: Any, cols: Any, ids: Any, lists: Any, out: Any) -> None:
     n = 32
     tile = np.empty(n * LANES, np.float32)
     weights = np.empty(n * LANES, np.float32)
@@ -387,7 +387,7 @@ def _encode_s(x: Any, importance: Any, cols: Any, index: Any, lists: Any, out: A
             _choose(tile, weights, costs, n, lanes, lists, words, numbers, shifts, found)
             for b in range(count):
                 at = 50 * (first + pair + b)
-                _put_s(numbers, shift_codes, index, found, 8 * b, out, at)
+                _put_s(numbers, shift_codes, ids, found, 8 * b, out, at)
 
 
 @inner
@@ -419,7 +419,7 @@ def _step(
 def _put_m(
     numbers: Any,
     shifts: Any,
-    index: Any,
+    ids: Any,
     codes: Any,
     half_bits: Any,
     out: Any,
@@ -428,7 +428,7 @@ def _put_m(
     """Write an IQ1_M block: 32 low bytes of points, 16 of 2 x (3 high bits, shift), 4 of 4 x 3 bits
     of scales and 4 bits of an f16 d."""
     for j in range(16):
-        low, high = index[numbers[j]], index[numbers[LANES + j]]
+        low, high = ids[numbers[j]], ids[numbers[LANES + j]]
         out[at + 2 * j] = low & 255
         out[at + 2 * j + 1] = high & 255
         sign = (shifts[j] & 2) << 2 | (shifts[j] & 1) << 7
@@ -442,7 +442,7 @@ def _put_m(
 
 
 @kernel
-def _encode_m(x: Any, importance: Any, cols: Any, index: Any, lists: Any, out: Any) -> None:
+def _encode_m(x: Any, importance: Any, cols: Any, ids: Any, lists: Any, out: Any) -> None:
     n = 16
     tile = np.empty(n * LANES, np.float32)
     weights = np.empty(n * LANES, np.float32)
@@ -499,14 +499,14 @@ def _encode_m(x: Any, importance: Any, cols: Any, index: Any, lists: Any, out: A
                 if sum_qq > _ZERO:
                     d = sum_xq / sum_qq
                 bits = np.int32(to_half(d * _FACTOR_M))
-            _put_m(numbers, shift_codes, index, codes, bits, out, 56 * (first + b))
+            _put_m(numbers, shift_codes, ids, codes, bits, out, 56 * (first + b))
 
 
 def encode_iq1_s(x: np.ndarray, importance: np.ndarray, cols: int, out: np.ndarray) -> None:
     t = lattice("iq1_s")
-    _encode_s(x, importance, cols, t.number, (t.lists, t.words, t.levels, t.masks), out)
+    _encode_s(x, importance, cols, t.ids, (t.lists, t.words, t.levels, t.masks), out)
 
 
 def encode_iq1_m(x: np.ndarray, importance: np.ndarray, cols: int, out: np.ndarray) -> None:
     t = lattice("iq1_m")
-    _encode_m(x, importance, cols, t.number, (t.lists, t.words, t.levels, t.masks), out)
+    _encode_m(x, importance, cols, t.ids, (t.lists, t.words, t.levels, t.masks), out)

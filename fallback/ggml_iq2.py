@@ -78,13 +78,13 @@ def _put_scales(found: Any, inverse: Any, out: Any, at: Any) -> None:
 
 
 @inner
-def _put_s(numbers: Any, signs: Any, index: Any, found: Any, out: Any, at: Any) -> None:
+def _put_s(numbers: Any, signs: Any, ids: Any, found: Any, out: Any, at: Any) -> None:
     """Write an IQ2_S block: f16 d, 32 low bytes of points, 32 of signs, 8 of high bits, scales."""
     clear(out, at, 2)
     clear(out, at + 66, 16)
     for j in range(16):
         for k in range(2):
-            point = index[numbers[LANES * k + j]]
+            point = ids[numbers[LANES * k + j]]
             out[at + 2 + 2 * j + k] = point & 255
             out[at + 34 + 2 * j + k] = signs[LANES * k + j]
             out[at + 66 + j // 2] |= point >> 8 << 2 * (2 * (j % 2) + k)
@@ -97,7 +97,7 @@ def _put_s(numbers: Any, signs: Any, index: Any, found: Any, out: Any, at: Any) 
 
 
 @inner
-def _put_xs(numbers: Any, signs: Any, index: Any, found: Any, out: Any, at: Any) -> None:
+def _put_xs(numbers: Any, signs: Any, ids: Any, found: Any, out: Any, at: Any) -> None:
     """Write an IQ2_XS block: f16 d, 32 of 9 bits of point and 7 signs, scales."""
     clear(out, at, 74)
     greatest = greatest_of(found, 0, 16)
@@ -105,7 +105,7 @@ def _put_xs(numbers: Any, signs: Any, index: Any, found: Any, out: Any, at: Any)
         return
     for j in range(16):
         for k in range(2):
-            code = index[numbers[LANES * k + j]] | signs[LANES * k + j] << 9
+            code = ids[numbers[LANES * k + j]] | signs[LANES * k + j] << 9
             out[at + 2 + 4 * j + 2 * k] = code & 255
             out[at + 3 + 4 * j + 2 * k] = code >> 8
     d = greatest / _SCALES
@@ -114,9 +114,7 @@ def _put_xs(numbers: Any, signs: Any, index: Any, found: Any, out: Any, at: Any)
 
 
 @inner
-def _put_xxs(
-    numbers: Any, signs: Any, index: Any, found: Any, lane: Any, out: Any, at: Any
-) -> None:
+def _put_xxs(numbers: Any, signs: Any, ids: Any, found: Any, lane: Any, out: Any, at: Any) -> None:
     """Write an IQ2_XXS block: f16 d, 8 of 4 points and 4 x 7 signs with a scale."""
     clear(out, at, 66)
     greatest = greatest_of(found, lane, 8)
@@ -129,7 +127,7 @@ def _put_xxs(
         base = at + 2 + 8 * j
         word = scale_code(inverse, found[lane + j], 15) << 28
         for k in range(4):
-            out[base + k] = index[numbers[LANES * k + lane + j]]
+            out[base + k] = ids[numbers[LANES * k + lane + j]]
             word |= signs[LANES * k + lane + j] << 7 * k
         for k in range(4):
             out[base + 4 + k] = word >> 8 * k & 255
@@ -137,7 +135,7 @@ def _put_xxs(
 
 @kernel
 def _encode_16(
-    x: Any, importance: Any, cols: Any, index: Any, lists: Any, signed: Any, out: Any
+    x: Any, importance: Any, cols: Any, ids: Any, lists: Any, signed: Any, out: Any
 ) -> None:
     """IQ2_S (``signed``: all signs are stored) or IQ2_XS."""
     tile = np.empty(16 * LANES, np.float32)
@@ -193,13 +191,13 @@ def _encode_16(
             zero = largest < (_TINY_S if signed else TINY)
             store(found, 0, finish(2, 2, scale, zero, 255 if signed else 127, kept, signs))
             if signed:
-                _put_s(chosen, sign_words, index, found, out, 82 * (first + b))
+                _put_s(chosen, sign_words, ids, found, out, 82 * (first + b))
             else:
-                _put_xs(chosen, sign_words, index, found, out, 74 * (first + b))
+                _put_xs(chosen, sign_words, ids, found, out, 74 * (first + b))
 
 
 @kernel
-def _encode_xxs(x: Any, importance: Any, cols: Any, index: Any, lists: Any, out: Any) -> None:
+def _encode_xxs(x: Any, importance: Any, cols: Any, ids: Any, lists: Any, out: Any) -> None:
     tile = np.empty(32 * LANES, np.float32)
     weights = np.empty(32 * LANES, np.float32)
     roots = np.empty(32 * LANES, np.float32)
@@ -258,19 +256,19 @@ def _encode_xxs(x: Any, importance: Any, cols: Any, index: Any, lists: Any, out:
             store(found, 0, finish(4, 4, scale, zero, 127, kept, signs))
             for b in range(count):
                 at = 66 * (first + pair + b)
-                _put_xxs(chosen, sign_words, index, found, 8 * b, out, at)
+                _put_xxs(chosen, sign_words, ids, found, 8 * b, out, at)
 
 
 def encode_iq2_s(x: np.ndarray, importance: np.ndarray, cols: int, out: np.ndarray) -> None:
     t = lattice("iq2_s")
-    _encode_16(x, importance, cols, t.number, (t.lists, t.words, t.levels, t.masks), True, out)
+    _encode_16(x, importance, cols, t.ids, (t.lists, t.words, t.levels, t.masks), True, out)
 
 
 def encode_iq2_xs(x: np.ndarray, importance: np.ndarray, cols: int, out: np.ndarray) -> None:
     t = lattice("iq2_xs")
-    _encode_16(x, importance, cols, t.number, (t.lists, t.words, t.levels, t.masks), False, out)
+    _encode_16(x, importance, cols, t.ids, (t.lists, t.words, t.levels, t.masks), False, out)
 
 
 def encode_iq2_xxs(x: np.ndarray, importance: np.ndarray, cols: int, out: np.ndarray) -> None:
     t = lattice("iq2_xxs")
-    _encode_xxs(x, importance, cols, t.number, (t.lists, t.words, t.levels, t.masks), out)
+    _encode_xxs(x, importance, cols, t.ids, (t.lists, t.words, t.levels, t.masks), out)

@@ -48,18 +48,34 @@ _search_xxs = make_search(32, 3, -15, 15, 0.2, AGAIN_THERE)
 
 
 @inner
-def _put_s(numbers: Any, signs: Any, index: Any, found: Any, lane: Any, out: Any, at: Any) -> None:
-    """Write an IQ3_S block: f16 d, 64 low bytes of points, 8 of high bits, 32 of signs, scales."""
-    clear(out, at, 2)
-    clear(out, at + 66, 8)
-    clear(out, at + 106, 4)
+def _put_s(
+    numbers: Any,
+    signs: Any,
+    ids: Any,
+    found: Any,
+    tops: Any,
+    lane: Any,
+    out: Any,
+    at: Any,
+) -> None:
+    """Write an IQ3_S block: f16 d, 64 low bytes of points, 8 of high bits, 32 of signs, scales.
+
+    ``tops``: the largest magnitudes. ggml leaves no place for the points and signs of sub-blocks
+    that are all zero, so those of later ones are read as theirs.
+    """
+    clear(out, at, 110)
+    low, sign = at + 2, at + 74
     for j in range(8):
+        if tops[lane + j] == _ZERO:
+            continue
         for k in range(8):
-            point = index[numbers[LANES * k + lane + j]]
-            out[at + 2 + 8 * j + k] = point & 255
+            point = ids[numbers[LANES * k + lane + j]]
+            out[low + k] = point & 255
             out[at + 66 + j] |= point >> 8 << k
         for k in range(4):
-            out[at + 74 + 4 * j + k] = signs[LANES * k + lane + j]
+            out[sign + k] = signs[LANES * k + lane + j]
+        low += 8
+        sign += 4
     greatest = greatest_of(found, lane, 8)
     if greatest == _ZERO:
         return
@@ -72,9 +88,7 @@ def _put_s(numbers: Any, signs: Any, index: Any, found: Any, lane: Any, out: Any
 
 
 @inner
-def _put_xxs(
-    numbers: Any, signs: Any, index: Any, found: Any, lane: Any, out: Any, at: Any
-) -> None:
+def _put_xxs(numbers: Any, signs: Any, ids: Any, found: Any, lane: Any, out: Any, at: Any) -> None:
     """Write an IQ3_XXS block: f16 d, 64 points, 8 of 4 x 7 signs and a scale."""
     clear(out, at, 98)
     greatest = greatest_of(found, lane, 8)
@@ -86,7 +100,7 @@ def _put_xxs(
     for j in range(8):
         word = scale_code(inverse, found[lane + j], 15) << 28
         for k in range(8):
-            out[at + 2 + 8 * j + k] = index[numbers[LANES * k + lane + j]]
+            out[at + 2 + 8 * j + k] = ids[numbers[LANES * k + lane + j]]
         for k in range(4):
             word |= signs[LANES * k + lane + j] << 7 * k
         for k in range(4):
@@ -95,7 +109,7 @@ def _put_xxs(
 
 @kernel
 def _encode(
-    x: Any, importance: Any, cols: Any, index: Any, lists: Any, signed: Any, out: Any
+    x: Any, importance: Any, cols: Any, ids: Any, lists: Any, signed: Any, out: Any
 ) -> None:
     """IQ3_S (``signed``: all signs are stored) or IQ3_XXS."""
     tile = np.empty(BLOCK * LANES, np.float32)
@@ -107,6 +121,7 @@ def _encode(
     found = np.empty(LANES, np.float32)
     variances = np.empty(LANES, np.float32)
     of_lane = np.empty(LANES, np.float32)
+    tops = np.empty(LANES, np.float32)
     numbers, chosen = words.view(np.int32), kept.view(np.int32)
     sign_words = signs.view(np.int32)
     blocks = x.size // SUPER_BLOCK
@@ -126,6 +141,7 @@ def _encode(
                 x, importance, here, column, BLOCK, lanes, variance, SQUARE, tile, weights
             )
             largest = magnitudes(tile, BLOCK, signs)
+            store(tops, 0, largest)
             if signed:
                 zero = largest == _ZERO
                 scale = _search_s(
@@ -163,16 +179,16 @@ def _encode(
             for b in range(count):
                 block = first + pair + b
                 if signed:
-                    _put_s(chosen, sign_words, index, found, 8 * b, out, 110 * block)
+                    _put_s(chosen, sign_words, ids, found, tops, 8 * b, out, 110 * block)
                 else:
-                    _put_xxs(chosen, sign_words, index, found, 8 * b, out, 98 * block)
+                    _put_xxs(chosen, sign_words, ids, found, 8 * b, out, 98 * block)
 
 
 def encode_iq3_s(x: np.ndarray, importance: np.ndarray, cols: int, out: np.ndarray) -> None:
     t = lattice("iq3_s")
-    _encode(x, importance, cols, t.number, (t.lists, t.words, t.levels, t.masks), True, out)
+    _encode(x, importance, cols, t.ids, (t.lists, t.words, t.levels, t.masks), True, out)
 
 
 def encode_iq3_xxs(x: np.ndarray, importance: np.ndarray, cols: int, out: np.ndarray) -> None:
     t = lattice("iq3_xxs")
-    _encode(x, importance, cols, t.number, (t.lists, t.words, t.levels, t.masks), False, out)
+    _encode(x, importance, cols, t.ids, (t.lists, t.words, t.levels, t.masks), False, out)

@@ -46,7 +46,7 @@ _KINDS = {
 class Lattice(NamedTuple):
     """Read-only tables of a format, by word, or of runs of 16 points nearby.
 
-    ``number`` int16 ``[words]``: the number of the point, -1 if it is none.
+    ``ids`` int16 ``[words]``: the number of the point, -1 if it is none.
     ``lists`` int32 ``[words]``: -1 for points; else the first run times 256, plus how many runs.
     ``words`` uint16 ``[runs · 16]``: the points nearby.
     ``levels`` int8 ``[runs · dims · 16]``: their numbers 2·code + 1, by dimension.
@@ -55,7 +55,7 @@ class Lattice(NamedTuple):
     ``points`` uint16 ``[points]``: their words, in order.
     """
 
-    number: np.ndarray
+    ids: np.ndarray
     lists: np.ndarray
     words: np.ndarray
     levels: np.ndarray
@@ -128,11 +128,11 @@ def lattice(name: str) -> Lattice:
     dims = codes.shape[1]
     shifts = kind.bits * np.arange(dims)
     points = (codes.astype(np.int32) << shifts).sum(1).astype(np.uint16)
-    number = np.full(1 << kind.bits * dims, -1, np.int16)
-    number[points] = np.arange(len(points))
-    lists = np.empty(number.size, np.int32)
+    ids = np.full(1 << kind.bits * dims, -1, np.int16)
+    ids[points] = np.arange(len(points))
+    lists = np.empty(ids.size, np.int32)
     by_dimension = np.ascontiguousarray(codes.T)
-    arguments = by_dimension, kind.bits, kind.levels, kind.distances, number, lists
+    arguments = by_dimension, kind.bits, kind.levels, kind.distances, ids, lists
     runs = _find_lists(*arguments, np.empty(0, np.uint16))
     words = np.empty(RUN * runs, np.uint16)
     _find_lists(*arguments, words)
@@ -140,7 +140,7 @@ def lattice(name: str) -> Lattice:
     bit = (1 << np.arange(RUN)).astype(np.int64)
     masks = np.stack([((codes_near > least) * bit).sum(-1) for least in (0, 1)], 1)
     tables = Lattice(
-        number,
+        ids,
         lists,
         words,
         (2 * codes_near + 1).astype(np.int8).ravel(),
