@@ -62,7 +62,9 @@ _FOUR, _SIX, _INFINITY = np.float32(4.0), np.float32(6.0), np.float32(np.inf)
 #: 1.5 · 2^23: added and taken off again, it rounds to whole numbers, ties to even.
 _MAGIC = np.float32(12582912.0)
 _EXPONENT, _SIGN = 0x7F800000, -0x80000000
-_LARGEST_HALF, _LARGEST_E4M3, _LARGEST_E8M0 = 0x7BFF, 126, 254
+_LARGEST_HALF, _LARGEST_E4M3 = 0x7BFF, 126
+#: With greater E8M0 bytes the largest levels of E2M1 and E4M3 would be infinite.
+_LARGEST_BYTE_E2M1, _LARGEST_BYTE_E4M3 = 252, 246
 
 #: Tables of levels: signed ones, then those that magnitudes have.
 _INT4, _INT5, _IQ4, _INT8, _TRIT, _E2M1, _E4M3 = range(7)
@@ -168,7 +170,7 @@ def _e8m0_rule(largest: Any, levels: Any, zero: Any) -> Any:
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     below = where(exponent > 0, spread_int(0), spread_int(0x400000))
     byte = where(mantissa > below, exponent + 1, exponent)
-    return where(bits > 0, smaller(byte, _LARGEST_E8M0), spread_int(zero))
+    return where(bits > 0, byte, spread_int(zero))
 
 
 @inline
@@ -435,10 +437,10 @@ def _encode_bytes(
                 most = _LARGEST_E4M3
                 code, middle = _e4m3_code(all_largest / _SIX), _e4m3_code(largest / _SIX)
             else:
-                most = _LARGEST_E8M0
+                most = _LARGEST_BYTE_E2M1 if levels == _E2M1 else _LARGEST_BYTE_E4M3
                 # Half the power of two of the largest weight cuts none off, with E4M3 a 128th.
                 middle = larger(exponent - (1 if levels == _E2M1 else 7), 0)
-                code = _e8m0_rule(all_largest, levels, zero)
+                code = smaller(_e8m0_rule(all_largest, levels, zero), most)
             scale = _byte_value(code, exponent, power, e4m3)
             error = _error(tile, of_block, n, scale, levels)
             for t in range(steps.size):
@@ -508,31 +510,31 @@ _FORMATS = {
     "q4_0": _Format(
         _encode_q4_0,
         _both(
-            (7.2, 7.7, 8.0, 8.6, 9.2, 9.9, 10.7, 11.5, 12.4, 13.4, 14.6, 16.0),
-            (6.3, 6.8, 7.2, 7.7, 8.3, 8.9, 9.6, 10.3, 11.1, 12.0, 13.0, 14.0),
+            (7.2, 7.5, 7.8, 8.0, 8.3, 8.6, 8.9, 9.2),
+            (6.3, 6.6, 6.9, 7.2, 7.5, 7.8, 8.1, 8.4),
         ),
     ),
     "q5_0": _Format(
         _encode_q5_0,
         _both(
-            (12.8, 13.5, 14.2, 15.0, 15.7, 16.4, 17.3, 18.2, 19.2, 20.2, 21.2, 22.4),
-            (12.0, 12.6, 13.3, 14.0, 14.7, 15.4, 16.3, 17.1, 18.0, 19.0, 20.0, 21.0),
+            (12.8, 13.4, 14.0, 14.6, 15.2, 15.8, 16.4, 17.0, 17.6, 18.3),
+            (12.0, 12.6, 13.2, 13.8, 14.4, 15.0, 15.6, 16.2, 16.8, 17.4),
         ),
     ),
     "q8_0": _Format(_encode_q8_0, np.arange(105, 131).astype(np.float32)),
     "iq4_nl": _Format(
         _encode_iq4_nl,
         _both(
-            (102.0, 110.0, 118.0, 127.0, 137.0, 148.0, 160.0, 173.0, 187.0, 203.0),
-            (90.0, 97.0, 105.0, 113.0, 122.0, 132.0, 142.0, 154.0, 167.0, 180.0),
+            (102.0, 107.0, 112.0, 117.0, 122.0, 127.0, 132.0, 138.0, 144.0),
+            (90.0, 95.0, 100.0, 105.0, 110.0, 115.0, 120.0, 125.0, 130.0),
         ),
     ),
     "tq1_0": _Format(_encode_ternary, _TERNARY),
     "tq2_0": _Format(_encode_ternary, _TERNARY),
-    "mxfp4": _Format(_encode_ggml_mxfp4, np.arange(0, -3, -1)),
-    "mlx-mxfp4": _Format(_encode_mxfp4, np.arange(0, -3, -1)),
+    "mxfp4": _Format(_encode_ggml_mxfp4, np.arange(0, -2, -1)),
+    "mlx-mxfp4": _Format(_encode_mxfp4, np.arange(0, -2, -1)),
     "mlx-mxfp8": _Format(_encode_mxfp8, np.arange(0, -2, -1)),
-    "mlx-nvfp4": _Format(_encode_nvfp4, np.arange(-8, 9)),
+    "mlx-nvfp4": _Format(_encode_nvfp4, np.arange(-2, 9)),
 }
 
 

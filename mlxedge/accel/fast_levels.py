@@ -26,7 +26,8 @@ from mlxedge.ops import Parts
 #: Weights in one evaluation.
 WEIGHTS_AT_ONCE = 1 << 22
 
-_LARGEST_HALF, _LARGEST_E4M3, _LARGEST_E8M0 = 0x7BFF, 126, 254
+_LARGEST_HALF, _LARGEST_E4M3 = 0x7BFF, 126
+_LARGEST_BYTE_E2M1, _LARGEST_BYTE_E4M3 = 252, 246
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _IQ4_STEPS = tuple(((a + b) / 2, b - a) for a, b in pairwise(_IQ4_LEVELS))
@@ -137,8 +138,8 @@ _FORMATS = {
         "f16",
         -8.0,
         _both(
-            (7.2, 7.7, 8.0, 8.6, 9.2, 9.9, 10.7, 11.5, 12.4, 13.4, 14.6, 16.0),
-            (6.3, 6.8, 7.2, 7.7, 8.3, 8.9, 9.6, 10.3, 11.1, 12.0, 13.0, 14.0),
+            (7.2, 7.5, 7.8, 8.0, 8.3, 8.6, 8.9, 9.2),
+            (6.3, 6.6, 6.9, 7.2, 7.5, 7.8, 8.1, 8.4),
         ),
     ),
     "q5_0": _Format(
@@ -146,8 +147,8 @@ _FORMATS = {
         "f16",
         -16.0,
         _both(
-            (12.8, 13.5, 14.2, 15.0, 15.7, 16.4, 17.3, 18.2, 19.2, 20.2, 21.2, 22.4),
-            (12.0, 12.6, 13.3, 14.0, 14.7, 15.4, 16.3, 17.1, 18.0, 19.0, 20.0, 21.0),
+            (12.8, 13.4, 14.0, 14.6, 15.2, 15.8, 16.4, 17.0, 17.6, 18.3),
+            (12.0, 12.6, 13.2, 13.8, 14.4, 15.0, 15.6, 16.2, 16.8, 17.4),
         ),
     ),
     "q8_0": _Format(_INT8, "f16", 127.0, tuple(range(105, 131))),
@@ -156,14 +157,14 @@ _FORMATS = {
         "f16",
         -127.0,
         _both(
-            (102.0, 110.0, 118.0, 127.0, 137.0, 148.0, 160.0, 173.0, 187.0, 203.0),
-            (90.0, 97.0, 105.0, 113.0, 122.0, 132.0, 142.0, 154.0, 167.0, 180.0),
+            (102.0, 107.0, 112.0, 117.0, 122.0, 127.0, 132.0, 138.0, 144.0),
+            (90.0, 95.0, 100.0, 105.0, 110.0, 115.0, 120.0, 125.0, 130.0),
         ),
     ),
-    "mxfp4": _Format(_E2M1, "e8m0", 0, (0, -1, -2)),
-    "mlx-mxfp4": _Format(_E2M1, "e8m0", 127, (0, -1, -2)),
+    "mxfp4": _Format(_E2M1, "e8m0", 0, (0, -1)),
+    "mlx-mxfp4": _Format(_E2M1, "e8m0", 127, (0, -1)),
     "mlx-mxfp8": _Format(_E4M3, "e8m0", 127, (0, -1)),
-    "mlx-nvfp4": _Format(_E2M1, "e4m3", 0, tuple(range(-8, 9))),
+    "mlx-nvfp4": _Format(_E2M1, "e4m3", 0, tuple(range(-2, 9))),
 }
 
 
@@ -207,7 +208,7 @@ def _e8m0_rule(largest: mx.array, levels: _Levels, zero: int) -> mx.array:
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     below = mx.where(exponent > 0, 0, 0x400000)
     byte = exponent + (mantissa > below).astype(mx.int32)
-    return mx.where(bits > 0, mx.minimum(byte, _LARGEST_E8M0), zero)
+    return mx.where(bits > 0, byte, zero)
 
 
 def _inverse(scale: mx.array) -> mx.array:
@@ -331,9 +332,11 @@ class _Search:
         levels, zero = self._form.levels, int(self._form.rule)
         e4m3 = self._form.scale == "e4m3"
         if e4m3:
+            most = _LARGEST_E4M3
             code, middle = _e4m3_rule(all_largest), _e4m3_rule(largest)
         else:
-            code = _e8m0_rule(all_largest, levels, zero)
+            most = _LARGEST_BYTE_E2M1 if levels is _E2M1 else _LARGEST_BYTE_E4M3
+            code = mx.minimum(_e8m0_rule(all_largest, levels, zero), most)
             middle = mx.maximum(exponent - (1 if levels is _E2M1 else 7), 0)
 
         def value(code: mx.array) -> mx.array:
@@ -344,8 +347,7 @@ class _Search:
 
         error = self._error(value(code))
         for step in self._form.tries:
-            highest = _LARGEST_E4M3 if e4m3 else _LARGEST_E8M0
-            other = mx.minimum(mx.maximum(middle + int(step), 0), highest)
+            other = mx.minimum(mx.maximum(middle + int(step), 0), most)
             trial = self._error(value(other))
             better = trial < error
             error = mx.where(better, trial, error)
