@@ -49,14 +49,13 @@ from mlxedge.ops import Parts
 SUPER_BLOCK = 256
 #: Columns that the importance is repeated for: sixteen super-blocks.
 SPARE = LANES * SUPER_BLOCK
-#: What a column counts at least, in parts of the greatest importance in its super-block: columns
-#: that were never active are encoded sensibly, and every sub-block has a best fit.
-LEAST_IMPORTANCE = 2.0**-24
 
 _ZERO, _ONE, _TWO, _HALF = (np.float32(v) for v in (0.0, 1.0, 2.0, 0.5))
 _MAGIC = np.float32(12582912.0)
 _GREATEST = np.float32(3e38)
 _GREATEST_HALF, _LEAST_NORMAL_HALF = np.float32(65504.0), np.float32(2.0**-14)
+#: Twice what dead columns count.
+_DEAD = np.float32(2.0**-23)
 #: Determinants below this part of their first product are rounding errors.
 _SINGULAR = np.float32(1e-5)
 
@@ -66,23 +65,22 @@ class Layout:
     """``size`` weights a sub-block; the largest code, and the largest scale and minimum.
 
     ``ends``: the first and the last place, in steps, where either end of a sub-block's grid is
-    tried, counted inwards from its least and greatest weight, and how many.
+    tried, counted inwards from its least and greatest weight, and how many. ``levels``: what d (or
+    dmin) has the greatest scale (minimum) in units of itself, likewise.
     """
 
     size: int
     top: int
     limit: int
     ends: tuple[float, float, int]
+    levels: tuple[float, float, int]
 
 
 LAYOUTS = {
-    "q2_k": Layout(16, 3, 15, (-0.5, 1.3, 6)),
-    "q4_k": Layout(32, 15, 63, (-1.0, 2.0, 7)),
-    "q5_k": Layout(32, 31, 63, (-1.0, 2.0, 7)),
+    "q2_k": Layout(16, 3, 15, (-0.5, 1.3, 6), (11.75, 15.75, 17)),
+    "q4_k": Layout(32, 15, 63, (-1.0, 2.0, 7), (50.0, 66.0, 17)),
+    "q5_k": Layout(32, 31, 63, (-1.0, 2.0, 7), (50.0, 66.0, 17)),
 }
-#: What level of d (of dmin) the greatest scale (minimum) gets, in parts of the largest: first,
-#: last, how many.
-FACTORS = (0.8, 1.05, 17)
 #: How far the scale and the minimum of a sub-block are moved; ties stay where they are.
 MOVES = ((0, 0), (-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 #: How often the integers and then (d, dmin) are chosen again.
@@ -101,7 +99,7 @@ def grids(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
 
 def factors(layout: Layout) -> np.ndarray:
     """d for a greatest scale of 1, f32, as they are tried."""
-    return (1.0 / (layout.limit * np.linspace(*FACTORS))).astype(np.float32)
+    return (1.0 / np.linspace(*layout.levels)).astype(np.float32)
 
 
 def lowest(top: int) -> int:
@@ -112,7 +110,8 @@ def lowest(top: int) -> int:
 def column_weights(importance: np.ndarray | None, cols: int) -> np.ndarray:
     """What errors count, f32 ``[cols]``: ``importance`` times a power of two of each 256 columns.
 
-    The greatest of 256 is in [0.5, 1) and the least ``LEAST_IMPORTANCE`` of that; all are alike if
+    The greatest of 256 is in [0.5, 1) and none is below 2^-24 of that, so that every sub-block has
+    a best fit and columns that were never active ("dead") are encoded sensibly. All are alike if
     none is above 0.
     """
     if importance is None:
@@ -237,8 +236,8 @@ def _fit(
     Trial t has the codes round((x - least) · widths[t] / range + shifts[t]); the last one those of
     the best scale and minimum so far.
     """
-    low = load(tile, 0)
-    high = low
+    far, near = spread(_GREATEST), spread(-_GREATEST)
+    low, high, live_low, live_high = far, near, far, near
     sum_w = spread(_ZERO)
     sum_x = spread(_ZERO)
     for i in range(n):
@@ -246,11 +245,15 @@ def _fit(
         w = load(weights, LANES * i)
         low = _least(x, low)
         high = _greatest(x, high)
+        live_low = where(w > _DEAD, _least(x, live_low), live_low)
+        live_high = where(w > _DEAD, _greatest(x, live_high), live_high)
         wx = w * x
         store(products, LANES * i, wx)
         sum_w = sum_w + w
         sum_x = sum_x + wx
-    low = _least(low, spread(_ZERO))
+    some_live = live_high > -_GREATEST
+    low = _least(where(some_live, live_low, low), spread(_ZERO))
+    high = _greatest(where(some_live, live_high, high), low)
     span = high - low
     over_span = _inverse(span)
     over_w = _ONE / sum_w
@@ -298,9 +301,12 @@ def _fit(
 
 @inline
 def _largest(kept: Any, row: Any, subs: Any) -> Any:
+    """The greatest of a row, without sub-blocks of dead columns."""
+    dead = _DEAD * np.float32(SUPER_BLOCK // subs)
     largest = spread(_ZERO)
     for j in range(subs):
-        largest = _greatest(load(kept, row + LANES * j), largest)
+        more = _greatest(load(kept, row + LANES * j), largest)
+        largest = where(load(kept, _SUM_W + LANES * j) > dead, more, largest)
     return largest
 
 

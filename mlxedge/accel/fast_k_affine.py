@@ -33,6 +33,7 @@ RUN = 8
 
 _GREATEST = 3e38
 _GREATEST_HALF = 65504.0
+_DEAD = 2.0**-23
 _SINGULAR = 1e-5
 
 Arrays = tuple[mx.array, ...]
@@ -41,20 +42,21 @@ Arrays = tuple[mx.array, ...]
 @dataclass(frozen=True)
 class Layout:
     """``size`` weights a sub-block; the largest code, and the largest scale and minimum; the
-    places of either end of a grid: first, last, how many."""
+    places of either end of a grid, and what the greatest scale is in units of d: first, last,
+    how many."""
 
     size: int
     top: int
     limit: int
     ends: tuple[float, float, int]
+    levels: tuple[float, float, int]
 
 
 LAYOUTS = {
-    "q2_k": Layout(16, 3, 15, (-0.5, 1.3, 6)),
-    "q4_k": Layout(32, 15, 63, (-1.0, 2.0, 7)),
-    "q5_k": Layout(32, 31, 63, (-1.0, 2.0, 7)),
+    "q2_k": Layout(16, 3, 15, (-0.5, 1.3, 6), (11.75, 15.75, 17)),
+    "q4_k": Layout(32, 15, 63, (-1.0, 2.0, 7), (50.0, 66.0, 17)),
+    "q5_k": Layout(32, 31, 63, (-1.0, 2.0, 7), (50.0, 66.0, 17)),
 }
-FACTORS = (0.8, 1.05, 17)
 MOVES = ((0, 0), (-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 ROUNDS = 2
 
@@ -69,7 +71,7 @@ def _grids(layout: Layout) -> list[tuple[float, float]]:
 
 
 def _factors(layout: Layout) -> np.ndarray:
-    made: np.ndarray = (1.0 / (layout.limit * np.linspace(*FACTORS))).astype(np.float32)
+    made: np.ndarray = (1.0 / np.linspace(*layout.levels)).astype(np.float32)
     return made
 
 
@@ -251,8 +253,12 @@ class KAffineSearch:
         """The best scale and minimum of each sub-block."""
         top = self._layout.top
         one, zero = mx.array(1.0), float(top - top // 2)
-        low = mx.minimum(x.min(axis=0), 0.0)
-        span = x.max(axis=0) - low
+        live = w > _DEAD
+        live_high = mx.where(live, x, -_GREATEST).max(axis=0)
+        some_live = live_high > -_GREATEST
+        live_low = mx.where(live, x, _GREATEST).min(axis=0)
+        low = mx.minimum(mx.where(some_live, live_low, x.min(axis=0)), 0.0)
+        span = mx.maximum(mx.where(some_live, live_high, x.max(axis=0)), low) - low
         over_span = _inverse(span)
         wx = w * x
         sum_w, sum_x = self._sum(w), self._sum(wx)
@@ -304,9 +310,10 @@ class KAffineSearch:
     def _choose_steps(self, found: _Found, scale: mx.array, back: mx.array) -> Arrays:
         """(d, dmin) ``[N]`` of least error as far as the codes found tell."""
         factors = mx.array(_factors(self._layout))[:, None]
-        zero, limit = mx.array(0.0), float(self._layout.limit)
+        limit = float(self._layout.limit)
+        live = found.sum_w > _DEAD * self._layout.size
         all_d, all_dmin = (
-            _through_half(mx.maximum(v.max(axis=0), zero) * factors, scale, back)
+            _through_half(mx.where(live, v, 0.0).max(axis=0) * factors, scale, back)
             for v in (found.scale, found.minimum)
         )
         inverses = _inverse(all_dmin)
