@@ -23,6 +23,8 @@ GGUF_RECIPES = (
     "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0",
     "mxfp4_moe",
 )  # fmt: skip
+#: What llama-quantize calls them too.
+_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 _AFFINE = re.compile(r"(\d+)bit(?:-g(\d+))?")
 
 
@@ -80,6 +82,7 @@ def parse_target(text: str) -> Target:
             f"target {text!r}: mlx takes BITSbit[-gGROUP], {_list((*MLX_FLOAT, *PLAIN))}"
         )
     if kind == "gguf":
+        recipe = _ALIASES.get(recipe, recipe)
         if recipe in GGUF_RECIPES:
             return Target("gguf", recipe)
         raise UsageError(f"target {text!r}: gguf takes {_list(GGUF_RECIPES)}")

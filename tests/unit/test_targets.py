@@ -13,6 +13,8 @@ from mlxedge.targets import Target, known_targets, parse_target
         ("mlx:nvfp4", Target("mlx", "nvfp4"), "m-mlx-nvfp4"),
         ("mlx:bf16", Target("mlx", "bf16"), "m-mlx-bf16"),
         ("gguf:Q4_K_M", Target("gguf", "q4_k_m"), "m-Q4_K_M.gguf"),
+        ("gguf:q5_k", Target("gguf", "q5_k_m"), "m-Q5_K_M.gguf"),
+        ("gguf:mxfp4_moe", Target("gguf", "mxfp4_moe"), "m-MXFP4_MOE.gguf"),
         ("hf:f16", Target("hf", "f16"), "m-hf-f16"),
     ],
 )
