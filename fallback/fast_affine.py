@@ -9,7 +9,8 @@ columns divided by its largest in the group (where that is zero, all count alike
    (k, c) rounds t · k + c to codes; the weighted least squares fit of t by them has an error in
    closed form. The fit with the least error makes the second pair.
 3. The second pair is rounded as stored and codes are chosen for it as it is stored; the fit to
-   those codes makes the next pair, and so on for ``ROUNDS`` pairs.
+   those codes makes the next pair, and so on for ``ROUNDS`` pairs. Where bf16 is coarse beside the
+   codes, the neighbours of the best pair follow (``NEIGHBOURS``).
 4. All pairs are compared as they are stored, each with its best codes. The least weighted error
    wins, so none is above that of the first pair.
 
@@ -66,12 +67,12 @@ TRIALS = {
         *((0.94, 0.4), (1.0, 0.2), (1.15, 0.2), (0.94, -0.4), (1.09, 0.0), (1.15, -0.4)),
     ),
     5: (
-        *((1.0, 0.0), (1.03, -0.4), (1.03, 0.4), (1.0, 0.2), (1.0, -0.2), (0.97, -0.6)),
-        *((0.94, 0.4), (1.06, 0.0)),
+        *((1.0, 0.0), (1.0, 0.4), (1.0, -0.2), (1.03, 0.2), (0.97, -0.4), (1.03, -0.4)),
+        *((0.94, 0.0), (1.03, 0.0), (0.97, -0.6), (1.0, 0.2)),
     ),
     6: (
-        *((1.0, 0.0), (0.99, -0.4), (0.97, -1.0), (1.01, 0.4), (0.95, -0.4), (1.01, -0.2)),
-        *((0.94, 0.0), (0.98, 0.4)),
+        *((1.01, 0.0), (0.995, -0.4), (0.995, 0.2), (0.965, -1.0), (0.98, 0.4), (0.995, -0.2)),
+        *((0.95, 0.6), (1.01, 0.4)),
     ),
     8: ((0.996, 0.6), (0.992, -1.0), (1.0, 0.0), (0.988, -0.6), (0.984, -1.0), (0.996, -0.6)),
 }
@@ -83,6 +84,9 @@ TRIALS_ALIKE = {
 }
 #: How many stored pairs are tried after the first.
 ROUNDS = 3
+#: From this many bits on, bf16 is so coarse a store that neighbours of the best pair are tried:
+#: the scale, then the bias, moved by this part of itself, which is the next bf16 either way.
+NEIGHBOURS, NEARBY = 6, np.float32(0.7 * 2.0**-7)
 
 #: Dtypes of the stored pairs, and the largest finite number of each.
 F32, F16, BF16 = 0, 1, 2
@@ -432,6 +436,28 @@ def _search(
                 bias = where(better, new_bias, bias)
                 new_scale = load(found, _SCALE)
                 new_bias = load(found, _BIAS)
+            old_scale = scale
+            old_bias = bias
+            if kind == BF16 and bits >= NEIGHBOURS:
+                for trial in range(4):
+                    nearby = -NEARBY if trial % 2 else NEARBY
+                    if trial % 2 == 0:
+                        old_scale = scale
+                        old_bias = bias
+                    if trial < 2:
+                        new_scale = _stored(old_scale + old_scale * nearby, kind)
+                        new_bias = old_bias + (old_scale - new_scale) * (width * _HALF)
+                    else:
+                        new_scale = old_scale
+                        new_bias = old_bias + old_bias * nearby
+                    new_bias = _stored(new_bias, kind)
+                    error = _weigh(
+                        tile, w, at, group, top, total, new_scale, new_bias, step, per_step, found
+                    )
+                    better = (error < best) & usable
+                    best = where(better, error, best)
+                    scale = where(better, new_scale, scale)
+                    bias = where(better, new_bias, bias)
             _pack(tile, group, bits, layout, scale, bias, packed)
             store(found, _SCALE, scale)
             store(found, _BIAS, bias)

@@ -12,8 +12,8 @@ import functools
 import mlx.core as mx
 import numpy as np
 
+from mlxedge.accel import backend
 from mlxedge.accel.arrays import join_fields, pack_stream
-from mlxedge.accel.backend import WEIGHTS_AT_ONCE
 from mlxedge.accel.casts import DTYPES, f16_bytes, round_through, store_as
 from mlxedge.accel.k_search import Arrays, KSearch
 from mlxedge.encodings import Affine, Encoding
@@ -34,12 +34,12 @@ TRIALS = {
         *((0.94, 0.4), (1.0, 0.2), (1.15, 0.2), (0.94, -0.4), (1.09, 0.0), (1.15, -0.4)),
     ),
     5: (
-        *((1.0, 0.0), (1.03, -0.4), (1.03, 0.4), (1.0, 0.2), (1.0, -0.2), (0.97, -0.6)),
-        *((0.94, 0.4), (1.06, 0.0)),
+        *((1.0, 0.0), (1.0, 0.4), (1.0, -0.2), (1.03, 0.2), (0.97, -0.4), (1.03, -0.4)),
+        *((0.94, 0.0), (1.03, 0.0), (0.97, -0.6), (1.0, 0.2)),
     ),
     6: (
-        *((1.0, 0.0), (0.99, -0.4), (0.97, -1.0), (1.01, 0.4), (0.95, -0.4), (1.01, -0.2)),
-        *((0.94, 0.0), (0.98, 0.4)),
+        *((1.01, 0.0), (0.995, -0.4), (0.995, 0.2), (0.965, -1.0), (0.98, 0.4), (0.995, -0.2)),
+        *((0.95, 0.6), (1.01, 0.4)),
     ),
     8: ((0.996, 0.6), (0.992, -1.0), (1.0, 0.0), (0.988, -0.6), (0.984, -1.0), (0.996, -0.6)),
 }
@@ -51,6 +51,8 @@ TRIALS_ALIKE = {
 }
 #: How many stored pairs are tried after the first.
 ROUNDS = 3
+#: From this many bits on, neighbours of a bf16 pair are tried, moved by this part of themselves.
+NEIGHBOURS, NEARBY = 6, float(np.float32(0.7 * 2.0**-7))
 
 _MOST = {"f32": 3.4028235e38, "f16": 65504.0, "bf16": 3.3895314e38}
 _GGML_BITS = {"q4_1": 4, "q5_1": 5}
@@ -82,7 +84,7 @@ def search(
         for name, part in encoding.parts(weights.shape).items()
     }
     w, total = mx.array(np.ascontiguousarray(factors.T)[:, None, :]), mx.array(totals[None])
-    count = max(1, WEIGHTS_AT_ONCE // max(1, cols))
+    count = max(1, backend.WEIGHTS_AT_ONCE // max(1, cols))
     for first in range(0, rows if cols else 0, count):
         piece = weights[first : first + count]
         x = mx.array(piece).reshape(len(piece), -1, encoding.block)
@@ -233,13 +235,29 @@ class _Search:
         center = float((1 << bits) // 2)
         new_bias = middle + step * (new_bias - new_scale * center)
         new_scale = new_scale * step
-        for _ in range(ROUNDS):
-            pair = _stored(new_scale, dtype), _stored(new_bias, dtype)
-            error, new_scale, new_bias = self._weigh(x, w, total, *pair, step, per_step, top)
+
+        def take(new_scale: mx.array, new_bias: mx.array) -> tuple[mx.array, mx.array]:
+            """Keep a stored pair where it is better; the pair fitted to its codes."""
+            nonlocal best, scale, bias
+            error, *fitted = self._weigh(x, w, total, new_scale, new_bias, step, per_step, top)
             better = (error < best) & usable
             best = mx.where(better, error, best)
-            scale, bias = (mx.where(better, v, o) for v, o in zip(pair, (scale, bias)))
-            mx.eval(best, scale, bias, new_scale, new_bias)
+            scale = mx.where(better, new_scale, scale)
+            bias = mx.where(better, new_bias, bias)
+            mx.eval(best, scale, bias, *fitted)
+            return fitted[0], fitted[1]
+
+        for _ in range(ROUNDS):
+            new_scale, new_bias = take(_stored(new_scale, dtype), _stored(new_bias, dtype))
+        if dtype == "bf16" and bits >= NEIGHBOURS:
+            old_scale, old_bias = scale, bias
+            for nearby in (NEARBY, -NEARBY):
+                new_scale = _stored(old_scale + old_scale * nearby, dtype)
+                new_bias = old_bias + (old_scale - new_scale) * (top * 0.5)
+                take(new_scale, _stored(new_bias, dtype))
+            old_scale, old_bias = scale, bias
+            for nearby in (NEARBY, -NEARBY):
+                take(old_scale, _stored(old_bias + old_bias * nearby, dtype))
 
         y = (x - bias) * _inverse(scale, 0.0)
         codes = mx.minimum(mx.maximum(mx.round(y), 0.0), top).astype(mx.uint32)
