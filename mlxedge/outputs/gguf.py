@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+_IMATRIX_TEXT = 127  # bytes, as long as llama-quantize writes them
 
 
 def plan_gguf(
@@ -37,15 +38,18 @@ def plan_gguf(
     overrides: Overrides = NONE,
     imatrix: bool = False,
     known: Container[str] | None = None,
+    about_imatrix: gv.Metadata | None = None,
 ) -> OutputPlan:
     """Plan one GGUF file.
 
     ``pre`` names the pre-tokenizer by hand. ``imatrix`` tells whether matrices will be encoded with
     the importance of their columns, which changes the mix; ``known`` holds the source's names of
-    those for which it is known, ``None`` for all. Raises UnsupportedModelError for a tensor that
-    the architecture does not have in GGUF, TokenizerError if the tokenizer cannot be expressed,
-    UsageError for an override without a tensor and for a type that needs the importance and does
-    not get it.
+    those for which it is known, ``None`` for all; ``about_imatrix`` are keys that say where it is
+    from (:func:`imatrix_keys`).
+
+    Raises UnsupportedModelError for a tensor that the architecture does not have in GGUF,
+    TokenizerError if the tokenizer cannot be expressed, UsageError for an override without a tensor
+    and for a type that needs the importance and does not get it.
     """
     from mlxedge.tokenizer import to_gguf
 
@@ -103,7 +107,7 @@ def plan_gguf(
     metadata["general.quantization_version"] = gv.u32(_QUANTIZATION_VERSION)
     if checkpoint.tokenizer is not None:
         metadata |= to_gguf(checkpoint.tokenizer, config, pre=pre)
-    header = header_bytes(metadata, infos)
+    header = header_bytes(metadata | (about_imatrix or {}), infos)
     shifted = [
         replace(
             t,
@@ -122,6 +126,20 @@ def plan_gguf(
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: llama.cpp can load but not tokenize")
     return plan
+
+
+def imatrix_keys(*, file: str, dataset: str, entries: int, chunks: int) -> gv.Metadata:
+    """What llama-quantize notes in a file made with an imatrix: its name, the text that it is of,
+    and of how many matrices and chunks of that text. Empty and zero ones are left out."""
+    metadata: gv.Metadata = {}
+    for name, text in (("file", file), ("dataset", dataset)):
+        if text:
+            cut = text.encode("utf-8", "replace")[:_IMATRIX_TEXT].decode(errors="ignore")
+            metadata[f"quantize.imatrix.{name}"] = gv.string(cut)
+    for name, number in (("entries_count", entries), ("chunks_count", chunks)):
+        if number:
+            metadata[f"quantize.imatrix.{name}"] = gv.u32(number)
+    return metadata
 
 
 def _shape(spec: ModelSpec, config: dict[str, Any]) -> llama_cpp.Shape:

@@ -19,7 +19,12 @@ from mlxedge.calibration.statistics import Calibration, Statistics
 from mlxedge.encodings import F16, F32, Encoding
 from mlxedge.errors import CorruptFileError, MlxedgeError, SourceNotFoundError, UsageError
 from mlxedge.models.llama import SPEC
+from mlxedge.outputs.gguf import imatrix_keys, plan_gguf
 from mlxedge.outputs.gguf_file import header_bytes
+from mlxedge.prepare import prepare
+from mlxedge.sources import open_source
+from mlxedge.sources.gguf import read_gguf
+from mlxedge.targets import parse_target
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "imatrix"
 FILES = ("dense.gguf", "dense.dat", "experts.gguf", "experts.dat")
@@ -180,6 +185,28 @@ def test_files_of_old_have_no_tail(tmp_path: Path) -> None:
     entry = found.tensors["a"]
     assert (found.texts, found.tokens) == ((), 0)
     assert (entry.sums / entry.counts[:, None]).tolist() == [[3, 4]]  # no chunks: as they are
+
+
+def test_a_gguf_file_tells_of_its_imatrix(tiny: Path, tmp_path: Path) -> None:
+    """With the keys and types of llama-quantize, whose texts end at 127 bytes."""
+    about = imatrix_keys(file="i.gguf", dataset="é" * 100, entries=56, chunks=13)
+    assert about == {
+        "quantize.imatrix.file": gv.string("i.gguf"),
+        "quantize.imatrix.dataset": gv.string("é" * 63),
+        "quantize.imatrix.entries_count": gv.u32(56),
+        "quantize.imatrix.chunks_count": gv.u32(13),
+    }
+    assert imatrix_keys(file="", dataset="", entries=1, chunks=0) == {
+        "quantize.imatrix.entries_count": gv.u32(1)
+    }
+    with open_source(tiny) as source:
+        spec, checkpoint = prepare(source)
+        target, path = parse_target("gguf:q4_0"), tmp_path / "m.gguf"
+        plan = plan_gguf(
+            checkpoint, spec, checkpoint.config, target, path, imatrix=True, about_imatrix=about
+        )
+    path.write_bytes(plan.data[0].header + bytes(plan.nbytes - len(plan.data[0].header)))
+    assert about.items() <= read_gguf(path).metadata.items()
 
 
 ONE = np.ones((2, 4), np.float32)
