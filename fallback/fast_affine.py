@@ -16,8 +16,8 @@ columns divided by its largest in the group (where that is zero, all count alike
 
 The trials were picked one after the other from a lattice, each for what it took off the weighted
 error of a language model's groups of 32, 64 and 128 that those before it had left; more come at
-widths where they pay. Without importance, trials at three bits or fewer keep the range of the
-weights: clipping would lower the squared error and harm the model.
+widths where they pay. Without importance, the first pair stands at three bits or fewer: pairs of
+less squared error were found to make a model worse.
 
 What a dtype would store as infinite is clipped to its largest number. NaN and infinite weights give
 codes without meaning. Sixteen rows are searched side by side, as lanes: sums run over the positions
@@ -76,14 +76,10 @@ TRIALS = {
     ),
     8: ((0.996, 0.6), (0.992, -1.0), (1.0, 0.0), (0.988, -0.6), (0.984, -1.0), (0.996, -0.6)),
 }
-#: The same where all columns count alike.
-TRIALS_ALIKE = {
-    **TRIALS,
-    2: ((1.0, 0.0), (1.0, 0.3), (1.0, -0.3), (0.9, 0.0)),
-    3: ((1.0, 0.0), (1.0, 0.3), (1.0, -0.3), (0.95, 0.4), (0.95, -0.4), (0.93, 0.0)),
-}
 #: How many stored pairs are tried after the first.
 ROUNDS = 3
+#: The fewest bits at which pairs are searched where all columns count alike.
+ALIKE = 4
 #: From this many bits on, bf16 is so coarse a store that neighbours of the best pair are tried:
 #: the scale, then the bias, moved by this part of itself, which is the next bf16 either way.
 NEIGHBOURS, NEARBY = 6, np.float32(0.7 * 2.0**-7)
@@ -128,7 +124,7 @@ def search(weights: np.ndarray, encoding: Encoding, importance: np.ndarray | Non
         (bits, layout), kind = _GGML[encoding.name], F16
     group = encoding.block
     factors, totals = column_weights(importance, cols, group)
-    trials = TRIALS_ALIKE if importance is None else TRIALS
+    rounds = 0 if importance is None and bits < ALIKE else ROUNDS
     words = np.empty((rows, encoding.nbytes((cols,)) // 4 if layout else cols * bits // 32), "u4")
     scales = np.empty((rows, cols // group) if layout == _STREAM else (0, 0), np.float32)
     biases = np.empty_like(scales)
@@ -141,7 +137,8 @@ def search(weights: np.ndarray, encoding: Encoding, importance: np.ndarray | Non
         layout,
         factors.reshape(-1),
         totals,
-        np.array(trials[bits], np.float32).reshape(-1),
+        np.array(TRIALS[bits], np.float32).reshape(-1),
+        rounds,
         words.reshape(-1),
         scales.reshape(-1),
         biases.reshape(-1),
@@ -161,7 +158,7 @@ def column_weights(
     """Importance by group, its largest 1: f32 ``[cols / group, group]``, and the sums, added in
     order: f32 ``[cols / group]``."""
     if importance is None:
-        factors = np.ones((cols // group, group), np.float32)
+        factors: np.ndarray = np.ones((cols // group, group), np.float32)
     else:
         factors = importance.reshape(-1, group)
         most = factors.max(axis=1, keepdims=True, initial=0.0)
@@ -383,6 +380,7 @@ def _search(
     w: Any,
     totals: Any,
     trials: Any,
+    rounds: Any,
     words: Any,
     scales: Any,
     biases: Any,
@@ -418,13 +416,16 @@ def _search(
             step = spanned / width
             per_step = width / spanned
             middle = low * _HALF + high * _HALF
-            sum_t = _to_steps(tile, w, at, group, middle, per_step, steps)
             best = _weigh(tile, w, at, group, top, total, scale, bias, step, per_step, found)
-            _best_trial(steps, w, at, group, top, total, sum_t, trials, found)
-            new_scale = load(found, _SCALE)
-            new_bias = middle + step * (load(found, _BIAS) - new_scale * center)
-            new_scale = new_scale * step
-            for _ in range(ROUNDS):
+            new_scale = scale
+            new_bias = bias
+            if rounds > 0:
+                sum_t = _to_steps(tile, w, at, group, middle, per_step, steps)
+                _best_trial(steps, w, at, group, top, total, sum_t, trials, found)
+                new_scale = load(found, _SCALE)
+                new_bias = middle + step * (load(found, _BIAS) - new_scale * center)
+                new_scale = new_scale * step
+            for _ in range(rounds):
                 new_scale = _stored(new_scale, kind)
                 new_bias = _stored(new_bias, kind)
                 error = _weigh(

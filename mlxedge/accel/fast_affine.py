@@ -43,14 +43,10 @@ TRIALS = {
     ),
     8: ((0.996, 0.6), (0.992, -1.0), (1.0, 0.0), (0.988, -0.6), (0.984, -1.0), (0.996, -0.6)),
 }
-#: The same where all columns count alike.
-TRIALS_ALIKE = {
-    **TRIALS,
-    2: ((1.0, 0.0), (1.0, 0.3), (1.0, -0.3), (0.9, 0.0)),
-    3: ((1.0, 0.0), (1.0, 0.3), (1.0, -0.3), (0.95, 0.4), (0.95, -0.4), (0.93, 0.0)),
-}
 #: How many stored pairs are tried after the first.
 ROUNDS = 3
+#: The fewest bits at which pairs are searched where all columns count alike.
+ALIKE = 4
 #: From this many bits on, neighbours of a bf16 pair are tried, moved by this part of themselves.
 NEIGHBOURS, NEARBY = 6, float(np.float32(0.7 * 2.0**-7))
 
@@ -76,7 +72,6 @@ def search(
     """
     rows, cols = weights.shape
     factors, totals = _column_weights(importance, cols, encoding.block)
-    table = TRIALS_ALIKE if importance is None else TRIALS
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     engine = _search(on_gpu if compiled is None else compiled)
     parts = {
@@ -89,7 +84,7 @@ def search(
         piece = weights[first : first + count]
         x = mx.array(piece).reshape(len(piece), -1, encoding.block)
         x = mx.contiguous(x.transpose(2, 0, 1))
-        made = engine.encode(x, w, total, encoding, table)
+        made = engine.encode(x, w, total, encoding, alike=importance is None)
         mx.eval(*made.values())
         for name, part in made.items():
             out = parts[name][first : first + count]
@@ -102,7 +97,7 @@ def _column_weights(
     importance: np.ndarray | None, cols: int, group: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Importance by group, its largest 1: f32 ``[groups, group]``, and the sums, added in order."""
-    factors = np.ones((cols // group, group), np.float32)
+    factors: np.ndarray = np.ones((cols // group, group), np.float32)
     if importance is not None:
         given = importance.reshape(-1, group)
         most = given.max(axis=1, keepdims=True, initial=0.0)
@@ -211,7 +206,8 @@ class _Search:
         w: mx.array,
         total: mx.array,
         encoding: Encoding,
-        table: dict[int, tuple[tuple[float, float], ...]],
+        *,
+        alike: bool,
     ) -> dict[str, mx.array]:
         """Encode ``x`` ``[group, rows, groups]`` with weights ``[group, 1, groups]`` and their sums
         ``[1, groups]``."""
@@ -222,15 +218,40 @@ class _Search:
         low, high = x.min(axis=0), x.max(axis=0)
         low, high = mx.where(low == 0, 0.0, low), mx.where(high == 0, 0.0, high)
         scale, bias = (_stored(v, dtype) for v in _first_pair(low, high, top, affine))
+        if bits >= ALIKE or not alike:
+            scale, bias = self._best_pair(x, w, total, (low, high), (scale, bias), bits, dtype)
+        y = (x - bias) * _inverse(scale, 0.0)
+        codes = mx.minimum(mx.maximum(mx.round(y), 0.0), top).astype(mx.uint32)
+        codes = mx.contiguous(codes.transpose(1, 2, 0)).reshape(-1, encoding.block)
+        if affine:
+            return {
+                "weight": pack_stream(codes, bits),
+                "scales": store_as(scale, dtype),
+                "biases": store_as(bias, dtype),
+            }
+        return {"weight": _ggml_block(scale.reshape(-1, 1), bias.reshape(-1, 1), codes, bits)}
+
+    def _best_pair(
+        self,
+        x: mx.array,
+        w: mx.array,
+        total: mx.array,
+        edges: tuple[mx.array, mx.array],
+        first: tuple[mx.array, mx.array],
+        bits: int,
+        dtype: str,
+    ) -> tuple[mx.array, mx.array]:
+        """The stored pair of the least error, from the range of the weights and the first pair."""
+        (low, high), (scale, bias) = edges, first
+        top = float((1 << bits) - 1)
         spanned = high - low
         usable = (spanned > _LEAST_RANGE) & (spanned < _MOST_RANGE)
         spanned = mx.where(usable, spanned, 1.0)
         step, per_step = spanned / top, top / spanned
         middle = low * 0.5 + high * 0.5
-
         best, _, _ = self._weigh(x, w, total, scale, bias, step, per_step, top)
         t, wt = self._to_steps(x, w, middle, per_step)
-        new_scale, new_bias = self._best_trial(t, w, total, self._sum(wt), bits, table[bits])
+        new_scale, new_bias = self._best_trial(t, w, total, self._sum(wt), bits, TRIALS[bits])
         del t, wt
         center = float((1 << bits) // 2)
         new_bias = middle + step * (new_bias - new_scale * center)
@@ -258,17 +279,7 @@ class _Search:
             old_scale, old_bias = scale, bias
             for nearby in (NEARBY, -NEARBY):
                 take(old_scale, _stored(old_bias + old_bias * nearby, dtype))
-
-        y = (x - bias) * _inverse(scale, 0.0)
-        codes = mx.minimum(mx.maximum(mx.round(y), 0.0), top).astype(mx.uint32)
-        codes = mx.contiguous(codes.transpose(1, 2, 0)).reshape(-1, encoding.block)
-        if affine:
-            return {
-                "weight": pack_stream(codes, bits),
-                "scales": store_as(scale, dtype),
-                "biases": store_as(bias, dtype),
-            }
-        return {"weight": _ggml_block(scale.reshape(-1, 1), bias.reshape(-1, 1), codes, bits)}
+        return scale, bias
 
     def _best_trial(
         self,
@@ -284,8 +295,8 @@ class _Search:
         low, high = mx.array(-half), mx.array(half - 1.0)
         best, scale, bias = (mx.full(t.shape[1:], v) for v in (float("inf"), 1.0, 0.0))
         for k, c in np.array(trials, np.float32):
-            moved = mx.array(np.float32(c - np.float32(0.5)))
-            terms = self._trial_terms(t, w, mx.array(k), moved, low, high, one)
+            moved = mx.array(float(c - np.float32(0.5)))
+            terms = self._trial_terms(t, w, mx.array(float(k)), moved, low, high, one)
             sum_l, sum_ll, sum_tl = (self._sum(v) for v in terms)
             slope, offset = _fitted(total, sum_t, sum_l, sum_ll, sum_tl, float(np.float32(1.0) / k))
             error = slope * (slope * sum_ll - sum_tl * 2.0)
