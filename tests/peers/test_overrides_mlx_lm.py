@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ PATHS = {
     },
 }
 
+convert = functools.partial(mlxedge.convert, quality="reference", calibrate=False)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("target", ["mlx:4bit", "mlx:mxfp4", "mlx:bf16"])
 def test_mlx_lm_loads_every_weight(target: str, folder: Path, tmp_path: Path) -> None:
     made = parse_overrides([*RULES, "v_proj=bf16"], output="6bit", embedding="8bit-g32")
-    mlxedge.convert(folder, target, tmp_path / "out", overrides=made)
+    convert(folder, target, tmp_path / "out", overrides=made)
     model, _ = load_model(tmp_path / "out")
     modules = dict(model.named_modules())
     for path, settings in PATHS.items():
@@ -68,7 +71,7 @@ def test_mlx_lm_loads_every_weight(target: str, folder: Path, tmp_path: Path) ->
 
 def test_mlx_lm_writes_the_same_settings(folder: Path, tmp_path: Path) -> None:
     made = parse_overrides(RULES, output="6bit", embedding="8bit-g32")
-    mlxedge.convert(folder, "mlx:4bit", tmp_path / "out", overrides=made)
+    convert(folder, "mlx:4bit", tmp_path / "out", overrides=made)
     ours = json.loads((tmp_path / "out" / "config.json").read_text())
 
     def predicate(path: str, module: Any) -> bool | dict[str, Any]:

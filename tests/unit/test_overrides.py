@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from mlxedge.sources.gguf import read_gguf
 DOWN, UP, VALUE = (f"model.layers.0.{part}_proj" for part in ("mlp.down", "mlp.up", "self_attn.v"))
 
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+#: The plain rules: what is asked here is which types there are.
+convert = functools.partial(mlxedge.convert, quality="reference", calibrate=False)
 
 
 def types_of(path: Path) -> dict[str, str]:
@@ -130,7 +134,7 @@ def test_a_gguf_file(tiny: Path, tmp_path: Path) -> None:
     made = parse_overrides(
         ["ffn_down=q8_0", r"blk\.1\.=q5_0"], output="q5_1", embedding="q4_1", pure=True
     )
-    mlxedge.convert(tiny, "gguf:q4_0", tmp_path / "m.gguf", overrides=made)
+    convert(tiny, "gguf:q4_0", tmp_path / "m.gguf", overrides=made)
     found = types_of(tmp_path / "m.gguf")
     assert {k: v for k, v in found.items() if v != "f32"} == {
         "token_embd.weight": "q4_1",
@@ -147,7 +151,7 @@ def test_an_mlx_folder(tiny: Path, tmp_path: Path) -> None:
         [r"layers\.0.*down=8bit-g32", r"layers\.0.*up=mxfp4", "v_proj=bf16", "norm|o_proj=4bit"],
         output="6bit",
     )
-    mlxedge.convert(tiny, "mlx:4bit", tmp_path / "m", overrides=made)
+    convert(tiny, "mlx:4bit", tmp_path / "m", overrides=made)
     settings = json.loads((tmp_path / "m" / "config.json").read_text())["quantization"]
     assert settings == {
         "group_size": 64,
@@ -170,7 +174,7 @@ def test_an_mlx_folder(tiny: Path, tmp_path: Path) -> None:
 
 def test_quantized_parts_of_a_plain_mlx_folder(tiny: Path, tmp_path: Path) -> None:
     made = parse_overrides([r"mlp\.down=8bit", "q_proj=f16", "k_proj=bf16"])
-    mlxedge.convert(tiny, "mlx:bf16", tmp_path / "m", overrides=made)
+    convert(tiny, "mlx:bf16", tmp_path / "m", overrides=made)
     eight = {"group_size": 64, "bits": 8, "mode": "affine"}
     settings = json.loads((tmp_path / "m" / "config.json").read_text())["quantization"]
     assert settings == {**eight, DOWN: eight, DOWN.replace(".0.", ".1."): eight}
@@ -178,7 +182,7 @@ def test_quantized_parts_of_a_plain_mlx_folder(tiny: Path, tmp_path: Path) -> No
 
 def test_both_targets_take_their_own(tiny: Path, tmp_path: Path) -> None:
     made = parse_overrides(["ffn_down=q8_0", "down_proj=8bit"])
-    mlxedge.convert(tiny, ["gguf:q4_0", "mlx:4bit"], tmp_path, overrides=made)
+    convert(tiny, ["gguf:q4_0", "mlx:4bit"], tmp_path, overrides=made)
     assert types_of(tmp_path / "tiny-llama-Q4_0.gguf")["blk.0.ffn_down.weight"] == "q8_0"
     config = json.loads((tmp_path / "tiny-llama-mlx-4bit" / "config.json").read_text())
     assert config["quantization"][DOWN]["bits"] == 8
@@ -199,5 +203,5 @@ def test_both_targets_take_their_own(tiny: Path, tmp_path: Path) -> None:
 )
 def test_nothing_is_begun(target: str, rule: str, problem: str, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=problem):
-        mlxedge.convert(tiny, target, tmp_path / "out", overrides=parse_overrides([rule]))
+        convert(tiny, target, tmp_path / "out", overrides=parse_overrides([rule]))
     assert list(tmp_path.iterdir()) == []
