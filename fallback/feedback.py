@@ -48,8 +48,12 @@ from mlxedge.fallback.memory import spread as fill
 from mlxedge.fallback.memory import write as put
 from mlxedge.ops import Feedback, Parts
 
-#: What is added to each element of the diagonal of H: this part of it, and of the mean of all.
-DAMPING, MEAN_DAMPING = 0.0, 0.01
+#: What is added to each element of the diagonal of H: so many times itself, and this part of the
+#: mean. A few thousand tokens tell little of how the inputs of another text go together. With H as
+#: it was measured on 2048 tokens, and GPTQ's 0.01 of the mean, Q4_0's errors on other text were
+#: 1.11 times those of the search. With twice itself, which makes the products of different columns
+#: count a third, those of affine 4-bit were 0.86 times.
+DAMPING, MEAN_DAMPING = 2.0, 0.1
 #: Coordinate descent ends after so many sweeps over the columns.
 SWEEPS = 2
 #: Rows and columns of a block that is factored in float64.
@@ -66,7 +70,8 @@ def prepare(hessian: np.ndarray) -> Feedback:
 
     The diagonal is raised (``DAMPING``, ``MEAN_DAMPING``), tenfold again until a factor exists.
     Columns without input, and a Hessian of zeros, thus count little but not nothing: their codes
-    become the nearest. Beside the result, needs memory for ``256 · cols`` float64.
+    become the nearest. H is scaled by a power of two to a mean of 0.5…1 of its diagonal. No third
+    matrix of its size is needed beside the two of the result.
 
     Raises UsageError unless it is square, finite and has no negative diagonal.
     """
@@ -80,14 +85,14 @@ def prepare(hessian: np.ndarray) -> Feedback:
     if hessian.size and diagonal.min() < 0:
         raise UsageError("the Hessian has a negative diagonal: it must be the mean of x·xᵀ")
     order = np.argsort(-diagonal, kind="stable").astype(np.int32)
-    mean = diagonal.mean() if diagonal.any() else 1.0
-    damped = np.ascontiguousarray(hessian[np.ix_(order, order)])
-    # Products of whole numbers of columns must not overflow; the scale of H does not matter.
-    damped *= np.float32(1.0 / mean)
-    diagonal = diagonal[order] / mean
+    # The scale of H does not matter, but sums of its squares must not overflow.
+    mean, exponent = np.frexp(diagonal.mean() if diagonal.any() else 1.0)
+    damped = hessian[np.ix_(order, order)]
+    np.ldexp(damped, -exponent, out=damped)
+    diagonal = np.ldexp(diagonal[order], -exponent)
     damping, mean_damping = DAMPING, MEAN_DAMPING
     while True:
-        np.fill_diagonal(damped, diagonal * (1 + damping) + mean_damping)
+        np.fill_diagonal(damped, diagonal * (1 + damping) + mean * mean_damping)
         factor = _upper_factor(damped)
         if factor is not None:
             return Feedback(as_input(order), as_input(damped), as_input(factor))

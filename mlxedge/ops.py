@@ -37,8 +37,9 @@ class Feedback:
     """What error feedback knows of a layer's input; made by ``ReferenceOps.feedback``.
 
     ``order`` int32 ``[cols]``: the columns as they take their turn. In that order, f32
-    ``[cols, cols]``: ``hessian``, the mean of x·xᵀ over inputs x, damped, and ``factor``, the upper
-    Cholesky factor of its inverse. Read-only, shared by all matrices with this input.
+    ``[cols, cols]``: ``hessian``, the mean of x·xᵀ over inputs x, damped and scaled, and
+    ``factor``, the upper triangular V with V·Vᵀ = ``hessian`` (its inverse is the Cholesky factor
+    of the inverse). Read-only, shared by all matrices with this input.
     """
 
     order: np.ndarray

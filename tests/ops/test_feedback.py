@@ -9,6 +9,7 @@ import pytest
 from oracles.hard_weights import KINDS, hard_weights
 
 from mlxedge import grids
+from mlxedge.accel import feedback as accel
 from mlxedge.encodings import F16, GGML, MLX_FLOAT, Affine, Encoding
 from mlxedge.errors import UsageError
 from mlxedge.fallback import OPS
@@ -46,6 +47,7 @@ def errors(w: np.ndarray, parts: Parts, encoding: Encoding, feedback: Feedback) 
 
 HESSIAN = hessian_of(inputs(512))
 FEEDBACK = OPS.feedback(HESSIAN)
+FEW_COLUMNS = OPS.feedback(hessian_of(inputs(256)))
 
 
 def same(a: Parts, b: Parts) -> bool:
@@ -59,9 +61,10 @@ def test_the_factor_is_of_the_damped_hessian_in_order() -> None:
     factor = FEEDBACK.factor.astype(np.float64)
     assert np.array_equal(factor, np.triu(factor))
     assert np.abs(factor @ factor.T - FEEDBACK.hessian).max() < 1e-6 * FEEDBACK.hessian.max()
-    given = HESSIAN[np.ix_(FEEDBACK.order, FEEDBACK.order)] / HESSIAN.diagonal().mean()
+    scale = 2.0 ** -np.frexp(HESSIAN.diagonal().mean(dtype=np.float64))[1]
+    given = HESSIAN[np.ix_(FEEDBACK.order, FEEDBACK.order)] * np.float32(scale)
     off = ~np.eye(512, dtype=bool)
-    assert np.allclose(FEEDBACK.hessian[off], given[off], rtol=1e-5)
+    assert np.array_equal(FEEDBACK.hessian[off], given[off])
     raised = FEEDBACK.hessian.diagonal() / given.diagonal()
     assert raised.min() > 1
 
@@ -117,7 +120,7 @@ def test_error_falls_and_scales_stay(encoding: Encoding) -> None:
     made = fallback.encode(w, parts, encoding, FEEDBACK)
     before, after = (errors(w, p, encoding, FEEDBACK) for p in (parts, made))
     assert np.all(after <= before * (1 + 1e-5))
-    assert after.sum() < 0.8 * before.sum()
+    assert after.sum() < 0.95 * before.sum()
     old, new = grids.grid(parts, encoding), grids.grid(made, encoding)
     assert np.array_equal(old.scale, new.scale)
     assert np.array_equal(old.offset, new.offset)
@@ -164,11 +167,10 @@ def test_no_rows(encoding: Encoding) -> None:
 @pytest.mark.parametrize("encoding", [Affine(2), MLX_FLOAT["mxfp8"], GGML["q5_k"]], ids=str)
 def test_of_hard_weights(encoding: Encoding, kind: str) -> None:
     w = hard_weights(kind, "f32")
-    feedback = OPS.feedback(hessian_of(inputs(256)))
     parts = OPS.encode(w, encoding)
-    made = fallback.encode(w, parts, encoding, feedback)
+    made = fallback.encode(w, parts, encoding, FEW_COLUMNS)
     with np.errstate(all="ignore"):
-        before, after = (errors(w, p, encoding, feedback) for p in (parts, made))
+        before, after = (errors(w, p, encoding, FEW_COLUMNS) for p in (parts, made))
     worse = after > before * (1 + 1e-5)
     assert not np.any(worse & np.isfinite(before))
     kept = ~np.isfinite(before)
@@ -183,6 +185,7 @@ HESSIANS = {
     "an enormous channel": hessian_of(inputs(512) * np.where(np.arange(512) == 7, 1e6, 1.0)),
     "huge": HESSIAN * np.float32(1e30),
     "tiny": HESSIAN * np.float32(1e-34),
+    "subnormal": HESSIAN / HESSIAN.max() * np.float32(1e-40),
     "ones": np.ones((512, 512), np.float32),
     "not of inputs": -hessian_of(inputs(512)) + 2 * np.diag(HESSIAN.diagonal()),
 }
@@ -239,3 +242,61 @@ def test_large_factors_are_blocked() -> None:
     feedback = OPS.feedback(hessian)
     factor = feedback.factor.astype(np.float64)
     assert np.abs(factor @ factor.T - feedback.hessian).max() < 1e-6 * feedback.hessian.max()
+
+
+#: One of each kind of levels and of scales.
+ON_MLX: list[Encoding] = [
+    *(Affine(bits) for bits in (2, 3, 4, 8)),
+    *MLX_FLOAT.values(),
+    *(GGML[name] for name in ("q4_k", "q3_k", "iq4_xs", "q8_0", "tq1_0")),
+]
+
+
+@pytest.mark.parametrize("encoding", ON_MLX, ids=str)
+def test_mlx_errs_as_much(encoding: Encoding) -> None:
+    """Within the bound that its docstring names."""
+    w = weights_of(160, 256)
+    parts = OPS.encode(w, encoding)
+    ours, theirs = (m.encode(w, parts, encoding, FEW_COLUMNS) for m in (fallback, accel))
+    expected, found = (errors(w, p, encoding, FEW_COLUMNS) for p in (ours, theirs))
+    assert abs(found.sum() / expected.sum() - 1) < 1e-4
+    assert np.all(found <= errors(w, parts, encoding, FEW_COLUMNS) * (1 + 1e-5))
+    assert theirs.keys() == ours.keys()
+    for name in ours:
+        assert (theirs[name].dtype, theirs[name].shape) == (ours[name].dtype, ours[name].shape)
+
+
+@pytest.mark.parametrize("kind", ["huge", "huge and tiny", "zeros", "subnormal"])
+def test_mlx_of_hard_weights(kind: str) -> None:
+    w = hard_weights(kind, "f32")
+    parts = OPS.encode(w, Affine(3))
+    with np.errstate(all="ignore"):
+        made = accel.encode(w, parts, Affine(3), FEW_COLUMNS)
+        before, after = (errors(w, p, Affine(3), FEW_COLUMNS) for p in (parts, made))
+    assert not np.any((after > before * (1 + 1e-5)) & np.isfinite(before))
+
+
+@pytest.mark.parametrize("chunk", [1, 256 * 7])
+def test_mlx_in_pieces(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = weights_of(9, 256)
+    parts = OPS.encode(w, Affine(4))
+    whole = errors(w, accel.encode(w, parts, Affine(4), FEW_COLUMNS), Affine(4), FEW_COLUMNS)
+    monkeypatch.setattr(accel, "_WEIGHTS_AT_ONCE", chunk)
+    pieces = errors(w, accel.encode(w, parts, Affine(4), FEW_COLUMNS), Affine(4), FEW_COLUMNS)
+    assert abs(pieces.sum() / whole.sum() - 1) < 1e-4
+
+
+@pytest.mark.parametrize("encoding", [F16, GGML["iq2_xxs"]], ids=str)
+def test_mlx_leaves_lattices(encoding: Encoding) -> None:
+    parts = {"weight": np.zeros((2, encoding.nbytes((512,))), np.uint8)}
+    assert accel.encode(weights_of(2, 512), parts, encoding, FEEDBACK) is parts
+
+
+def test_mlx_has_the_same_sweeps() -> None:
+    assert accel.SWEEPS == fallback.SWEEPS
+
+
+def test_mlx_refuses_another_layers_feedback() -> None:
+    w = weights_of(2, 256)
+    with pytest.raises(UsageError, match="for 512 columns, the weights have 256"):
+        accel.encode(w, OPS.encode(w, Affine(4)), Affine(4), FEEDBACK)
