@@ -1,0 +1,129 @@
+"""The searching encoders (quality "fast") beside the programs whose formats they write.
+
+    python benchmarks/encode_fast.py
+    python benchmarks/encode_fast.py --only affine-4bit-g64 --dtype f32 --rounds 9 --json
+
+Ours searches with an importance for every column. The peers are in ``PEERS``: for MLX's affine
+groups ``mx.quantize`` on the CPU, which takes its scales from the range of the weights. Both run on
+one thread, in turn, on the same weights; the figure is the best of the rounds, in million weights a
+second. The first call of ours, which compiles it unless numba's cache has it, is not counted.
+Needs mlxedge[mlx].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+from common import host
+
+from mlxedge.encodings import Affine, Encoding
+from mlxedge.encodings.mlx import AFFINE_BITS, AFFINE_GROUPS
+from mlxedge.ops import load_ops
+
+DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+
+#: What encodes once. A peer's maker gets ready all that is not encoding.
+Side = Callable[[], object]
+
+
+def mx_quantize(weights: np.ndarray, importance: np.ndarray, encoding: Affine) -> Side:
+    """Has no use for importance."""
+    if weights.dtype == ml_dtypes.bfloat16:
+        theirs = mx.array(weights.view(np.uint16)).view(mx.bfloat16)
+    else:
+        theirs = mx.array(weights)
+    mx.eval(theirs)
+
+    def encode() -> None:
+        mx.eval(mx.quantize(theirs, encoding.group, encoding.bits, stream=mx.cpu))
+
+    return encode
+
+
+#: What is compared: the encoding for a dtype of weights, the peer and its maker.
+PEERS: list[tuple[Callable[[str], Encoding], str, Callable[..., Side]]] = [
+    (partial(Affine, bits, group), "mx.quantize", mx_quantize)
+    for group in AFFINE_GROUPS
+    for bits in AFFINE_BITS
+]
+
+
+def compare(
+    weights: np.ndarray,
+    importance: np.ndarray,
+    encoding: Encoding,
+    peer: str,
+    make_peer: Callable[..., Side],
+    rounds: int,
+) -> dict[str, str | float]:
+    """Million weights a second of ours and of the peer, and ours in terms of the peer's."""
+    ops = load_ops("numpy")
+    sides: dict[str, Side] = {
+        "ours": lambda: ops.encode(weights, encoding, importance, quality="fast"),
+        "theirs": make_peer(weights, importance, encoding),
+    }
+    best = dict.fromkeys(sides, float("inf"))
+    for timed in (False, *[True] * rounds):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            if timed:
+                best[name] = min(best[name], time.perf_counter() - started)
+    speed = {name: weights.size / seconds / 1e6 for name, seconds in best.items()}
+    return {
+        "encoding": encoding.name,
+        "peer": peer,
+        "ours": round(speed["ours"], 1),
+        "theirs": round(speed["theirs"], 1),
+        "ratio": round(speed["ours"] / speed["theirs"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--cols", type=int, default=4096)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
+    parser.add_argument("--only", nargs="+", metavar="ENCODING", help="such as affine-4bit-g64")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((options.rows, options.cols), np.float32)
+    weights = weights.astype(DTYPES[options.dtype])
+    importance = rng.random(options.cols, np.float32)
+    cases = [(make(options.dtype), peer, side) for make, peer, side in PEERS]
+    names = [encoding.name for encoding, _, _ in cases]
+    unknown = sorted(set(options.only or []) - set(names))
+    if unknown:
+        parser.error(f"no {', '.join(unknown)}: choose from {', '.join(names)}")
+    title = f"search {options.rows} x {options.cols} {options.dtype}, one thread, Mweights/s"
+    if not options.json:
+        print(title)
+        print(f"{'encoding':20} {'mlxedge':>9} {'peer':>9} {'ratio':>7}  peer")
+    rows = []
+    for encoding, peer, side in cases:
+        if options.only and encoding.name not in options.only:
+            continue
+        row = compare(weights, importance, encoding, peer, side, options.rounds)
+        rows.append(row)
+        if not options.json:
+            print(
+                f"{row['encoding']:20} {row['ours']:9.0f} {row['theirs']:9.0f} "
+                f"{row['ratio']:6.2f}x  {row['peer']}",
+                flush=True,
+            )
+    if options.json:
+        print(json.dumps({"title": title, "mlx": version("mlx"), "host": host(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
