@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 #: Called from one thread at a time with weights done, weights in all, and the tensor's name.
 ProgressHook = Callable[[int, int, str], None]
 
+_LARGEST_F16 = 65504.0
 #: Below this a sum of squares in f32 may have lost what it is made of.
 _TINY = 1e-25
 
@@ -317,6 +318,8 @@ class _Run:
             weighted = 0.0, 0.0
             if kept is None:
                 error, weighted = self._error(made, goal, plain, work.hint)
+                if finite and result.quality != "reference":
+                    error = self._in_range(plain, goal, error)
                 if finite and not math.isfinite(error):
                     raise BadWeightsError(
                         f"{source.name} does not fit in {goal.encoding}: its largest weight is "
@@ -417,6 +420,15 @@ class _Run:
             f"{source.name} has a weight that is {weights.flat[at]} at row {start + row}, "
             f"column {col}: the checkpoint is damaged; get a good copy, or pass --allow-nan"
         )
+
+    def _in_range(self, weights: np.ndarray, goal: PlannedTensor, error: float) -> float:
+        """``error``, or infinity for weights so large that the encoding has no scale for them: a
+        search takes the largest scale there is, where the runtime's rule overflows."""
+        if max(-weights.min(initial=0.0), weights.max(initial=0.0)) < _LARGEST_F16:
+            return error
+        made = self._encode(weights, goal, Hint(), "reference")
+        plain = self._error(made, goal, weights, Hint())[0]
+        return error if math.isfinite(plain) else plain
 
     def _row_order(self, goal: PlannedTensor, source: SourceTensor, rows: int) -> Any:
         """The order of a chunk's rows (columns for a bias) in the output, or ``None``."""
