@@ -24,6 +24,7 @@ import numpy as np
 
 from mlxedge.encodings import Encoding
 from mlxedge.fallback.bits import as_input
+from mlxedge.fallback.fast_k_put import SUPER_BLOCK, nearest_in, put_q2_k, put_q4_k, put_q5_k
 from mlxedge.fallback.jit import kernel
 from mlxedge.fallback.lanes import (
     LANES,
@@ -34,24 +35,19 @@ from mlxedge.fallback.lanes import (
     inner,
     larger,
     load,
-    put_half,
     smaller,
     spread,
     spread_int,
     store,
-    store_bytes,
     transpose,
-    truncate,
     where,
 )
 from mlxedge.ops import Parts
 
-SUPER_BLOCK = 256
 #: Columns that the importance is repeated for: sixteen super-blocks.
 SPARE = LANES * SUPER_BLOCK
 
 _ZERO, _ONE, _TWO, _HALF = (np.float32(v) for v in (0.0, 1.0, 2.0, 0.5))
-_MAGIC = np.float32(12582912.0)
 _GREATEST = np.float32(3e38)
 _GREATEST_HALF, _LEAST_NORMAL_HALF = np.float32(65504.0), np.float32(2.0**-14)
 #: Twice what dead columns count.
@@ -137,9 +133,7 @@ def search(weights: np.ndarray, encoding: Encoding, importance: np.ndarray | Non
             as_input(weights).reshape(-1),
             repeated,
             cols,
-            *grids(layout),
-            factors(layout),
-            np.array(MOVES, np.float32).ravel(),
+            (*grids(layout), factors(layout), np.array(MOVES, np.float32).ravel()),
             out.reshape(-1),
         )
     return {"weight": out}
@@ -153,14 +147,6 @@ def _least(a: Any, b: Any) -> Any:
 @inline
 def _greatest(a: Any, b: Any) -> Any:
     return where(a > b, a, b)
-
-
-@inline
-def _nearest(v: Any, low: Any, high: Any) -> Any:
-    """The nearest integer, ties to even, from ``low`` to ``high``; ``low`` for NaN."""
-    v = where(v > low, v, low)
-    v = where(v < high, v, high)
-    return (v + _MAGIC) - _MAGIC
 
 
 @inline
@@ -211,7 +197,7 @@ def _sums(
     sum_qq = spread(_ZERO)
     sum_qx = spread(_ZERO)
     for i in range(n):
-        q = _nearest(load(tile, LANES * i) * inverse + shift, low, high)
+        q = nearest_in(load(tile, LANES * i) * inverse + shift, low, high)
         wq = load(weights, LANES * i) * q
         sum_q = sum_q + wq
         sum_qq = sum_qq + wq * q
@@ -319,7 +305,7 @@ def _wanted_minimums(kept: Any, subs: Any, limit: Any, d: Any, wanted: Any) -> A
     for j in range(subs):
         at = LANES * j
         scale = load(kept, at + _SCALE)
-        ls = _nearest(scale * inverse, spread(_ZERO), top)
+        ls = nearest_in(scale * inverse, spread(_ZERO), top)
         change = d * ls - scale
         store(kept, at + _LS, ls)
         store(wanted, at, load(kept, at + _MINIMUM) + load(kept, at + _SLOPE) * change)
@@ -357,7 +343,7 @@ def _choose_steps(
             error = of_scales
             for j in range(subs):
                 minimum = load(wanted, LANES * j)
-                lm = _nearest(minimum * inverse, spread(_ZERO), top)
+                lm = nearest_in(minimum * inverse, spread(_ZERO), top)
                 rest = dmin * lm - minimum
                 error = error + load(kept, LANES * j + _SUM_W) * (rest * rest)
             better = error < best
@@ -367,7 +353,7 @@ def _choose_steps(
     _wanted_minimums(kept, subs, limit, best_d, wanted)
     inverse = _inverse(best_dmin)
     for j in range(subs):
-        lm = _nearest(load(wanted, LANES * j) * inverse, spread(_ZERO), top)
+        lm = nearest_in(load(wanted, LANES * j) * inverse, spread(_ZERO), top)
         store(kept, LANES * j + _LM, lm)
     return best_d, best_dmin
 
@@ -380,7 +366,7 @@ def _stored_error(tile: Any, weights: Any, n: Any, scale: Any, minimum: Any, top
     error = zero
     for i in range(n):
         above = load(tile, LANES * i) + minimum
-        rest = scale * _nearest(above * inverse, zero, highest) - above
+        rest = scale * nearest_in(above * inverse, zero, highest) - above
         error = error + load(weights, LANES * i) * (rest * rest)
     return error
 
@@ -436,7 +422,7 @@ def _refit(
         sum_q, sum_qq, sum_qx = zero, zero, zero
         for i in range(n * j, n * j + n):
             x = load(tile, LANES * i)
-            q = _nearest((x + minimum) * inverse, zero, highest)
+            q = nearest_in((x + minimum) * inverse, zero, highest)
             wq = load(weights, LANES * i) * q
             sum_q = sum_q + wq
             sum_qq = sum_qq + wq * q
@@ -455,191 +441,79 @@ def _refit(
     return new_d, where(both, new_dmin, dmin)
 
 
-@inner
-def _search_super_blocks(
-    x: Any,
-    importance: Any,
-    start: Any,
-    column: Any,
-    count: Any,
-    n: Any,
-    top: Any,
-    limit: Any,
-    widths: Any,
-    shifts: Any,
-    factors: Any,
-    moves: Any,
-    tile: Any,
-    weights: Any,
-    kept: Any,
-    found: Any,
-) -> None:
-    """Search ``count`` super-blocks. ``found``, float32 ``[2 · 256 + 2 · 16]``, gets their scales
-    and minimums, sub-block j of super-block k at ``16 · j + k``, and d and dmin at the end."""
-    subs = SUPER_BLOCK // n
-    scratch = np.empty(32 * LANES, np.float32)
-    steps = np.empty(factors.size * LANES, np.float32)
-    scale, back = _read(x, importance, start, column, count, tile, weights)
-    for j in range(subs):
-        here = LANES * n * j
-        _fit(tile[here:], weights[here:], scratch, n, top, widths, shifts, kept, LANES * j)
-    d, dmin = _choose_steps(kept, subs, limit, factors, scale, back, scratch, steps)
-    best = spread(_GREATEST)
-    best_d = d
-    best_dmin = dmin
-    for turn in range(ROUNDS):
-        if turn > 0:
-            d, dmin = _refit(tile, weights, n, subs, top, kept, d, dmin)
-            d = _through_half(d, scale, back)
-            dmin = _through_half(dmin, scale, back)
-        error = spread(_ZERO)
-        for j in range(subs):
-            here = LANES * n * j
-            error = error + _move(
-                tile[here:], weights[here:], n, top, limit, d, dmin, moves, kept, LANES * j
-            )
-        better = error < best
-        best = where(better, error, best)
-        best_d = where(better, d, best_d)
-        best_dmin = where(better, dmin, best_dmin)
-        for at in range(0, LANES * subs, LANES):
-            store(found, at, where(better, load(kept, at + _LS), load(found, at)))
-            lm = where(better, load(kept, at + _LM), load(found, 256 + at))
-            store(found, 256 + at, lm)
-    store(found, 512, best_d * back)
-    store(found, 512 + LANES, best_dmin * back)
-
-
-@inline
-def _codes(x: Any, at: Any, scale: Any, minimum: Any, top: Any) -> Any:
-    """The nearest codes of 16 weights, for x = scale · code - minimum."""
-    inverse = _ONE / scale if scale > _ZERO else _ZERO
-    level = (load(x, at) + minimum) * inverse
-    return truncate(_nearest(level, spread(_ZERO), spread(np.float32(top))))
-
-
-@inline
-def _put_scales(found: Any, k: Any, out: Any, at: Any, scales: Any) -> None:
-    """Write d, dmin and the 12 bytes of 6-bit integers; 8 scales and 8 minimums into ``scales``."""
-    d = put_half(out, at, found[512 + k])
-    dmin = put_half(out, at + 2, found[512 + LANES + k])
-    for j in range(4):
-        s, m = np.int32(found[LANES * j + k]), np.int32(found[256 + LANES * j + k])
-        s_later = np.int32(found[LANES * (j + 4) + k])
-        m_later = np.int32(found[256 + LANES * (j + 4) + k])
-        out[at + 4 + j] = s | s_later >> 4 << 6
-        out[at + 8 + j] = m | m_later >> 4 << 6
-        out[at + 12 + j] = (s_later & 15) | (m_later & 15) << 4
-    for j in range(8):
-        scales[j] = d * found[LANES * j + k]
-        scales[8 + j] = dmin * found[256 + LANES * j + k]
-
-
-@inner
-def _put_q4_k(x: Any, start: Any, found: Any, k: Any, out: Any, at: Any, scales: Any) -> None:
-    _put_scales(found, k, out, at, scales)
-    for i in range(0, SUPER_BLOCK // 2, LANES):
-        # 32 bytes hold the codes of two sub-blocks.
-        j = i // 32 * 2
-        here = start + 32 * j + i % 32
-        low = _codes(x, here, scales[j], scales[8 + j], 15)
-        high = _codes(x, here + 32, scales[j + 1], scales[9 + j], 15)
-        store_bytes(out, at + 16 + i, low | high << 4)
-
-
-@inner
-def _put_q5_k(x: Any, start: Any, found: Any, k: Any, out: Any, at: Any, scales: Any) -> None:
-    _put_scales(found, k, out, at, scales)
-    for i in range(0, 32, LANES):
-        fifth = spread_int(0)
-        for j in range(0, 8, 2):
-            here = start + 32 * j + i
-            low = _codes(x, here, scales[j], scales[8 + j], 31)
-            high = _codes(x, here + 32, scales[j + 1], scales[9 + j], 31)
-            fifth = fifth | low >> 4 << j | high >> 4 << (j + 1)
-            store_bytes(out, at + 48 + 16 * j + i, low & 15 | (high & 15) << 4)
-        store_bytes(out, at + 16 + i, fifth)
-
-
-@inner
-def _put_q2_k(x: Any, start: Any, found: Any, k: Any, out: Any, at: Any, scales: Any) -> None:
-    d = put_half(out, at + 80, found[512 + k])
-    dmin = put_half(out, at + 82, found[512 + LANES + k])
-    for j in range(16):
-        s, m = found[LANES * j + k], found[256 + LANES * j + k]
-        out[at + j] = np.int32(s) | np.int32(m) << 4
-        scales[j] = d * s
-        scales[16 + j] = dmin * m
-    for part in range(4):
-        # 32 bytes hold 128 weights: sub-blocks 0, 2, 4, 6 in the first 16, the odd ones after.
-        packed = spread_int(0)
-        for i in range(4):
-            j = 8 * (part // 2) + part % 2 + 2 * i
-            codes = _codes(x, start + 16 * j, scales[j], scales[16 + j], 3)
-            packed = packed | codes << (2 * i)
-        store_bytes(out, at + 16 + 16 * part, packed)
-
-
 @inline
 def _encode(
     x: Any,
     importance: Any,
     cols: Any,
-    widths: Any,
-    shifts: Any,
-    factors: Any,
-    moves: Any,
+    tables: Any,
     out: Any,
     n: Any,
     top: Any,
     limit: Any,
     put: Any,
 ) -> None:
+    """Encode ``x``; ``n``, ``top`` and ``limit`` are those of the layout, ``put`` writes it."""
+    widths, shifts, factors, moves = tables
     tile = np.empty(SUPER_BLOCK * LANES, np.float32)
     weights = np.empty(SUPER_BLOCK * LANES, np.float32)
+    scratch = np.empty(32 * LANES, np.float32)
+    steps = np.empty(factors.size * LANES, np.float32)
     kept = np.empty(8 * 256, np.float32)
     found = np.zeros(2 * 256 + 2 * LANES, np.float32)
     scales = np.empty(32, np.float32)
+    subs = SUPER_BLOCK // n
     blocks = x.size // SUPER_BLOCK
     size = out.size // blocks
     for first in range(0, blocks, LANES):
         count = min(LANES, blocks - first)
         start = SUPER_BLOCK * first
-        _search_super_blocks(
-            x,
-            importance,
-            start,
-            start % cols,
-            count,
-            n,
-            top,
-            limit,
-            widths,
-            shifts,
-            factors,
-            moves,
-            tile,
-            weights,
-            kept,
-            found,
-        )
+        scale, back = _read(x, importance, start, start % cols, count, tile, weights)
+        for j in range(subs):
+            here = LANES * n * j
+            _fit(tile[here:], weights[here:], scratch, n, top, widths, shifts, kept, LANES * j)
+        d, dmin = _choose_steps(kept, subs, limit, factors, scale, back, scratch, steps)
+        best = spread(_GREATEST)
+        best_d = d
+        best_dmin = dmin
+        for turn in range(ROUNDS):
+            if turn > 0:
+                d, dmin = _refit(tile, weights, n, subs, top, kept, d, dmin)
+                d = _through_half(d, scale, back)
+                dmin = _through_half(dmin, scale, back)
+            error = spread(_ZERO)
+            for j in range(subs):
+                here = LANES * n * j
+                error = error + _move(
+                    tile[here:], weights[here:], n, top, limit, d, dmin, moves, kept, LANES * j
+                )
+            better = error < best
+            best = where(better, error, best)
+            best_d = where(better, d, best_d)
+            best_dmin = where(better, dmin, best_dmin)
+            for at in range(0, LANES * subs, LANES):
+                store(found, at, where(better, load(kept, at + _LS), load(found, at)))
+                lm = where(better, load(kept, at + _LM), load(found, 256 + at))
+                store(found, 256 + at, lm)
+        store(found, 512, best_d * back)
+        store(found, 512 + LANES, best_dmin * back)
         for k in range(count):
             put(x, start + SUPER_BLOCK * k, found, k, out, size * (first + k), scales)
 
 
 @kernel
-def _encode_q2_k(x: Any, w: Any, cols: Any, a: Any, b: Any, f: Any, moves: Any, out: Any) -> None:
-    _encode(x, w, cols, a, b, f, moves, out, 16, 3, 15, _put_q2_k)
+def _encode_q2_k(x: Any, importance: Any, cols: Any, tables: Any, out: Any) -> None:
+    _encode(x, importance, cols, tables, out, 16, 3, 15, put_q2_k)
 
 
 @kernel
-def _encode_q4_k(x: Any, w: Any, cols: Any, a: Any, b: Any, f: Any, moves: Any, out: Any) -> None:
-    _encode(x, w, cols, a, b, f, moves, out, 32, 15, 63, _put_q4_k)
+def _encode_q4_k(x: Any, importance: Any, cols: Any, tables: Any, out: Any) -> None:
+    _encode(x, importance, cols, tables, out, 32, 15, 63, put_q4_k)
 
 
 @kernel
-def _encode_q5_k(x: Any, w: Any, cols: Any, a: Any, b: Any, f: Any, moves: Any, out: Any) -> None:
-    _encode(x, w, cols, a, b, f, moves, out, 32, 31, 63, _put_q5_k)
+def _encode_q5_k(x: Any, importance: Any, cols: Any, tables: Any, out: Any) -> None:
+    _encode(x, importance, cols, tables, out, 32, 31, 63, put_q5_k)
 
 
 _KERNELS = {"q2_k": _encode_q2_k, "q4_k": _encode_q4_k, "q5_k": _encode_q5_k}

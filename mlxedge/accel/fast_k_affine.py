@@ -67,7 +67,7 @@ def _grids(layout: Layout) -> list[tuple[float, float]]:
     low, high = (ends_of.ravel() for ends_of in np.meshgrid(ends, ends, indexing="ij"))
     widths = layout.top / (1.0 - low - high)
     shifts = layout.top // 2 - layout.top - low * widths
-    return [(float(w), float(s)) for w, s in np.float32([widths, shifts]).T]
+    return [(w, s) for w, s in np.array([widths, shifts], np.float32).T.tolist()]
 
 
 def _factors(layout: Layout) -> np.ndarray:
