@@ -59,7 +59,7 @@ SWEEPS = 2
 #: Rows and columns of a block that is factored in float64.
 _BLOCK = 256
 #: Weights in flight: the errors of so many are to stay in a core's cache.
-_IN_FLIGHT = 1 << 17
+_IN_FLIGHT = 1 << 18
 #: With more levels than this, the nearest is found by bisection.
 _FEW = 16
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
