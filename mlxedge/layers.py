@@ -12,6 +12,7 @@ of threads.
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxedge.errors import BadWeightsError, DiskFullError, UsageError
+from mlxedge.errors import BadWeightsError, DiskFullError, OutputError, UsageError
 from mlxedge.models.decoder import CHUNK, TABLE, Graph, Weights, shape_of
 from mlxedge.ops import load_forward
 
@@ -45,7 +46,8 @@ _SLAB_BYTES = 8 << 20
 class HiddenStates:
     """f32 ``[length, width]`` of each of ``count`` sequences; in a file beyond ``memory_bytes``.
 
-    Raises DiskFullError if ``folder`` (by default the system's for temporary files) has no room.
+    Raises DiskFullError or OutputError if ``folder`` (by default the system's for temporary files)
+    does not take them.
     """
 
     def __init__(
@@ -81,8 +83,9 @@ class HiddenStates:
             while view:
                 view = view[self._file.write(view) :]
         except OSError as error:
-            raise DiskFullError(
-                f"no room for the hidden states ({self.count * self._bytes} bytes) among the "
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise (DiskFullError if full else OutputError)(
+                f"{self.count * self._bytes} bytes of hidden states cannot be kept among the "
                 f"temporary files: {error.strerror}; use fewer tokens, or set TMPDIR"
             ) from error
 

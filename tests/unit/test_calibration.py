@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from oracles.tiny import SENTENCES, write_tiny_llama
 
+import mlxedge
 from mlxedge.calibration import run as calibration_run
 from mlxedge.calibration.collect import as_calibration, calibrate, collect, input_groups
 from mlxedge.calibration.imatrix import read_imatrix
@@ -284,6 +285,13 @@ def test_hessians_of_another_model_are_refused(model: Path, tmp_path: Path) -> N
     other = write_tiny_llama(tmp_path / "other", layers=3, tied=False, seed=1)
     with pytest.raises(UsageError, match="of another model"):
         next(read_hessians(hessian_folder(out), opened(other)))
+
+
+def test_hessians_serve_the_same_weights_in_another_file(model: Path, tmp_path: Path) -> None:
+    out, copy = tmp_path / "imatrix.gguf", tmp_path / "copy.gguf"
+    run(model, out, hessians=True)
+    mlxedge.convert(model, "gguf:f32", copy)
+    assert len(list(read_hessians(hessian_folder(out), opened(copy)))) == 13
 
 
 def test_damaged_hessians(model: Path, tmp_path: Path) -> None:

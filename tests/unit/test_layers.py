@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from oracles.tiny import write_tiny_llama
 
 from mlxedge.encodings import F32, GGML, Affine, Encoding
-from mlxedge.errors import BadWeightsError, CorruptFileError, UsageError
+from mlxedge.errors import BadWeightsError, CorruptFileError, DiskFullError, UsageError
 from mlxedge.layers import LayerRunner
 from mlxedge.models.decoder import Decoder
 from mlxedge.ops import Parts, load_reference
@@ -135,6 +137,21 @@ def test_threads_files_and_pieces_change_nothing(checkpoint: Checkpoint, tmp_pat
     for other in found[1:]:
         np.testing.assert_array_equal(np.stack(other), np.stack(found[0]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_hidden_states_is_one_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    class Full(io.RawIOBase):
+        def seek(self, *place: int) -> int:
+            return 0
+
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with LayerRunner(checkpoint, IDS, 1, folder=tmp_path, memory_bytes=0) as runner:
+        runner.states._file.close()
+        runner.states._file = Full()
+        with pytest.raises(DiskFullError, match="230400 bytes of hidden states cannot be kept"):
+            runner.run()
 
 
 def test_taps_show_what_goes_into_each_matrix(checkpoint: Checkpoint) -> None:
