@@ -143,8 +143,9 @@ def test_fused_stages_survive_contraction(tmp_path: Path, monkeypatch: pytest.Mo
         compiler.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # where MLX keeps what it compiled
-    x, importance = _model_weights(200, BLOCK), _importances(BLOCK)["mean squares"]
-    weights = np.tile(fallback.column_weights(importance, BLOCK), (200, 1))
+    x = np.vstack([*(hard_weights(kind, "f32") for kind in KINDS), _model_weights(200, BLOCK)])
+    importance = _importances(BLOCK)["mean squares"]
+    weights = np.tile(fallback.column_weights(importance, BLOCK), (len(x), 1))
     given, made = tmp_path / "given.npz", tmp_path / "made.npz"
     np.savez(given, x=x, w=weights)
     command = [sys.executable, "-c", FUSED, str(given), str(made), *NAMES]
