@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mlxedge.encodings import PLAIN
 from mlxedge.errors import (
     DiskFullError,
     UnsupportedModelError,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Weights handled at once by a thread; bounds memory (4 bytes each, a few copies).
 CHUNK_WEIGHTS = {"numpy": 1 << 18, "mlx": 1 << 24}
+#: GGUF recipes of types that are not calibrated.
+_EXACT = (*PLAIN, "q8_0")
 _CONFIG_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -165,6 +168,7 @@ def plan_conversion(
                     overrides=overrides,
                     imatrix=guidance.calibrates,
                     known=guidance.known,
+                    about_imatrix=None if target.recipe in _EXACT else guidance.about_imatrix,
                 )
             )
         elif target.format == "mlx":

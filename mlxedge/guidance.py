@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlxedge.encodings import Encoding
 from mlxedge.errors import MlxedgeError, TokenizerError, UsageError
+from mlxedge.gguf_values import Metadata
 from mlxedge.ops import Feedback, Quality, load_reference
+from mlxedge.outputs.gguf import imatrix_keys
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,6 +145,19 @@ class Guidance:
             return self
         return Guidance(self.quality)
 
+    @property
+    def about_imatrix(self) -> Metadata:
+        """What a GGUF file says of it, in llama-quantize's keys."""
+        if self.described is None:
+            return {}
+        described: Mapping[str, Any] = self.described
+        return imatrix_keys(
+            file=described["what"] if described["kind"] == "imatrix" else "",
+            dataset=", ".join(described["texts"]),
+            entries=len(self.known),
+            chunks=described["tokens"] // max(described["context"], 1),
+        )
+
     def sentence(self) -> str:
         """For the reader of a plan."""
         if self.described is None:
@@ -239,7 +254,7 @@ def _by_sample(checkpoint: Checkpoint, quality: Quality, taken: Sample) -> Guida
         {
             "kind": "text",
             "what": f"{taken.tokens} tokens of {taken.text}",
-            "text": taken.text,
+            "texts": [taken.text],
             "sha256": taken.sha256,
             "tokens": taken.tokens,
             "context": taken.context,
@@ -265,24 +280,17 @@ def _is_imatrix(path: Path) -> bool:
 def _by_imatrix(
     checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path: Path
 ) -> Guidance:
-    from mlxedge.calibration.imatrix import read_imatrix
+    from mlxedge.calibration.imatrix import check_fits, read_imatrix
     from mlxedge.calibration.store import hessian_folder
     from mlxedge.record import sha256_file
 
     calibration = read_imatrix(path, spec)
-    known = set()
-    for name, found in calibration.tensors.items():
-        tensor = checkpoint.tensors.get(name)
-        if tensor is None:
-            continue
-        if found.sums.shape[1] != tensor.cols:
-            raise UsageError(
-                f"{path} knows {found.sums.shape[1]} columns of {name}, which has {tensor.cols}: "
-                "it is of another model"
-            )
-        known.add(name)
-    if not known:
-        raise UsageError(f"{path} knows none of this model's matrices: it is of another model")
+    check_fits(path, calibration, {n: t.shape for n, t in checkpoint.tensors.items()})
+    known = {
+        name
+        for name, found in calibration.tensors.items()
+        if found.total and name in checkpoint.tensors
+    }
     hessians = None
     if quality == "best":
         hessians = hessian_folder(path)
