@@ -16,8 +16,8 @@ columns divided by its largest in the group (where that is zero, all count alike
 
 The trials were picked one after the other from a lattice, each for what it took off the weighted
 error of a language model's groups of 32, 64 and 128 that those before it had left; more come at
-widths where they pay. Without importance, the first pair stands at three bits or fewer: pairs of
-less squared error were found to make a model worse.
+widths where they pay. Groups without importance keep the first pair at three bits or fewer: pairs
+of less squared error were found to make a model worse.
 
 What a dtype would store as infinite is clipped to its largest number. NaN and infinite weights give
 codes without meaning. Sixteen rows are searched side by side, as lanes: sums run over the positions
@@ -91,7 +91,6 @@ _MOST = np.array([3.4028235e38, 65504.0, 3.3895314e38], np.float32)
 #: Where the words of a group go: codes as one stream of bits, or a block of ggml.
 _STREAM, _Q4_1, _Q5_1 = 0, 1, 2
 _GGML = {"q4_1": (4, _Q4_1), "q5_1": (5, _Q5_1)}
-_BLOCK = 32
 
 #: Least squares with a determinant this much smaller than its terms keep the scale.
 SINGULAR = np.float32(2.0**-16)
@@ -123,8 +122,8 @@ def search(weights: np.ndarray, encoding: Encoding, importance: np.ndarray | Non
     else:
         (bits, layout), kind = _GGML[encoding.name], F16
     group = encoding.block
-    factors, totals = column_weights(importance, cols, group)
-    rounds = 0 if importance is None and bits < ALIKE else ROUNDS
+    factors, totals, weighed = _column_weights(importance, cols, group)
+    rounds = np.where(weighed | (bits >= ALIKE), ROUNDS, 0)
     words = np.empty((rows, encoding.nbytes((cols,)) // 4 if layout else cols * bits // 32), "u4")
     scales = np.empty((rows, cols // group) if layout == _STREAM else (0, 0), np.float32)
     biases = np.empty_like(scales)
@@ -152,18 +151,17 @@ def search(weights: np.ndarray, encoding: Encoding, importance: np.ndarray | Non
     }
 
 
-def column_weights(
+def _column_weights(
     importance: np.ndarray | None, cols: int, group: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Importance by group, its largest 1: f32 ``[cols / group, group]``, and the sums, added in
-    order: f32 ``[cols / group]``."""
-    if importance is None:
-        factors: np.ndarray = np.ones((cols // group, group), np.float32)
-    else:
-        factors = importance.reshape(-1, group)
-        most = factors.max(axis=1, keepdims=True, initial=0.0)
-        factors = np.where(most > 0, factors, _ONE) / np.where(most > 0, most, _ONE)
-    return factors, np.cumsum(factors, axis=1, dtype=np.float32)[:, -1].copy()
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Importance by group, its largest 1: f32 ``[groups, group]``; the sums, added in order; and
+    whether there was any."""
+    given = np.zeros(cols, np.float32) if importance is None else importance
+    given = given.reshape(-1, group)
+    most = given.max(axis=1, keepdims=True, initial=0.0)
+    one = np.float32(1.0)
+    factors: np.ndarray = np.where(most > 0, given, one) / np.where(most > 0, most, one)
+    return factors, np.cumsum(factors, axis=1, dtype=np.float32)[:, -1].copy(), most[:, 0] > 0
 
 
 @inline
@@ -419,13 +417,13 @@ def _search(
             best = _weigh(tile, w, at, group, top, total, scale, bias, step, per_step, found)
             new_scale = scale
             new_bias = bias
-            if rounds > 0:
+            if rounds[g] > 0:
                 sum_t = _to_steps(tile, w, at, group, middle, per_step, steps)
                 _best_trial(steps, w, at, group, top, total, sum_t, trials, found)
                 new_scale = load(found, _SCALE)
                 new_bias = middle + step * (load(found, _BIAS) - new_scale * center)
                 new_scale = new_scale * step
-            for _ in range(rounds):
+            for _ in range(rounds[g]):
                 new_scale = _stored(new_scale, kind)
                 new_bias = _stored(new_bias, kind)
                 error = _weigh(

@@ -71,7 +71,7 @@ def search(
     ``compiled`` as in ``MlxOps``: fused stages, by default on a GPU alone.
     """
     rows, cols = weights.shape
-    factors, totals = _column_weights(importance, cols, encoding.block)
+    factors, totals, weighed = _column_weights(importance, cols, encoding.block)
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     engine = _search(on_gpu if compiled is None else compiled)
     parts = {
@@ -84,7 +84,7 @@ def search(
         piece = weights[first : first + count]
         x = mx.array(piece).reshape(len(piece), -1, encoding.block)
         x = mx.contiguous(x.transpose(2, 0, 1))
-        made = engine.encode(x, w, total, encoding, alike=importance is None)
+        made = engine.encode(x, w, total, mx.array(weighed[None]), encoding)
         mx.eval(*made.values())
         for name, part in made.items():
             out = parts[name][first : first + count]
@@ -95,15 +95,15 @@ def search(
 
 def _column_weights(
     importance: np.ndarray | None, cols: int, group: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Importance by group, its largest 1: f32 ``[groups, group]``, and the sums, added in order."""
-    factors: np.ndarray = np.ones((cols // group, group), np.float32)
-    if importance is not None:
-        given = importance.reshape(-1, group)
-        most = given.max(axis=1, keepdims=True, initial=0.0)
-        one = np.float32(1.0)
-        factors = np.where(most > 0, given, one) / np.where(most > 0, most, one)
-    return factors, np.cumsum(factors, axis=1, dtype=np.float32)[:, -1].copy()
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Importance by group, its largest 1: f32 ``[groups, group]``; the sums, added in order; and
+    whether there was any."""
+    given = np.zeros(cols, np.float32) if importance is None else importance
+    given = given.reshape(-1, group)
+    most = given.max(axis=1, keepdims=True, initial=0.0)
+    one = np.float32(1.0)
+    factors: np.ndarray = np.where(most > 0, given, one) / np.where(most > 0, most, one)
+    return factors, np.cumsum(factors, axis=1, dtype=np.float32)[:, -1].copy(), most[:, 0] > 0
 
 
 def _nearest(v: mx.array, low: mx.array, high: mx.array) -> mx.array:
@@ -205,12 +205,11 @@ class _Search:
         x: mx.array,
         w: mx.array,
         total: mx.array,
+        weighed: mx.array,
         encoding: Encoding,
-        *,
-        alike: bool,
     ) -> dict[str, mx.array]:
-        """Encode ``x`` ``[group, rows, groups]`` with weights ``[group, 1, groups]`` and their sums
-        ``[1, groups]``."""
+        """Encode ``x`` ``[group, rows, groups]`` with weights ``[group, 1, groups]``, their sums
+        ``[1, groups]`` and whether they come from importance."""
         affine = isinstance(encoding, Affine)
         bits = encoding.bits if isinstance(encoding, Affine) else _GGML_BITS[encoding.name]
         dtype = encoding.scale_dtype if isinstance(encoding, Affine) else "f16"
@@ -218,8 +217,10 @@ class _Search:
         low, high = x.min(axis=0), x.max(axis=0)
         low, high = mx.where(low == 0, 0.0, low), mx.where(high == 0, 0.0, high)
         scale, bias = (_stored(v, dtype) for v in _first_pair(low, high, top, affine))
-        if bits >= ALIKE or not alike:
-            scale, bias = self._best_pair(x, w, total, (low, high), (scale, bias), bits, dtype)
+        searched = weighed | (bits >= ALIKE)
+        if searched.any():
+            other = self._best_pair(x, w, total, (low, high), (scale, bias), bits, dtype)
+            scale, bias = (mx.where(searched, v, o) for v, o in zip(other, (scale, bias)))
         y = (x - bias) * _inverse(scale, 0.0)
         codes = mx.minimum(mx.maximum(mx.round(y), 0.0), top).astype(mx.uint32)
         codes = mx.contiguous(codes.transpose(1, 2, 0)).reshape(-1, encoding.block)
