@@ -236,6 +236,16 @@ def test_lattices_are_left_as_they_are(encoding: Encoding) -> None:
     assert fallback.encode(w, parts, encoding, FEEDBACK) is parts
 
 
+@pytest.mark.parametrize("encoding", [Affine(4), MLX_FLOAT["mxfp4"], GGML["q4_k"]], ids=str)
+def test_best_is_the_search_and_then_this(encoding: Encoding) -> None:
+    w, importance = weights_of(5, 512), HESSIAN.diagonal().copy()
+    best = OPS.encode(w, encoding, importance, quality="best", feedback=FEEDBACK)
+    fast = OPS.encode(w, encoding, importance, quality="fast", feedback=FEEDBACK)
+    assert same(best, fallback.encode(w, fast, encoding, FEEDBACK))
+    assert not same(best, fast)
+    assert same(fast, OPS.encode(w, encoding, importance, quality="best"))
+
+
 def test_large_factors_are_blocked() -> None:
     """More columns than one block on the diagonal, and not a multiple of it."""
     hessian = hessian_of(inputs(592, tokens=700))
