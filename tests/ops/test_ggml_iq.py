@@ -12,6 +12,7 @@ from mlxedge.errors import UnsupportedEncodingError
 from mlxedge.fallback import OPS
 from mlxedge.fallback.ggml_encode import NEEDS_IMPORTANCE
 from mlxedge.fallback.ggml_iq_maps import RUN, RUN_BITS, lattice
+from mlxedge.ops import Quality
 
 TYPES = ["iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_s", "iq1_m"]
 UNINFORMED = [name for name in TYPES if name not in NEEDS_IMPORTANCE]
@@ -133,3 +134,24 @@ def test_lists_hold_the_points_nearby(name: str) -> None:
         assert np.array_equal(listed[: len(expected)], expected)
         assert (listed[len(expected) :] == expected[0]).all()
         assert len(listed) - len(expected) < RUN
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_fast_without_importance_counts_columns_alike(name: str) -> None:
+    x = hard_weights("like a model", "f32")
+    ones = np.ones(256, np.float32)
+    made = OPS.encode(x, GGML[name], None, quality="fast")["weight"]
+    assert np.array_equal(made, OPS.encode(x, GGML[name], ones, quality="fast")["weight"])
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_fast_has_no_greater_error_than_reference(name: str) -> None:
+    rng = np.random.default_rng(2)
+    x = (0.02 * rng.standard_t(4, size=(8, 512))).astype(np.float32)
+    importance = rng.exponential(size=512).astype(np.float32)
+
+    def error(quality: Quality) -> float:
+        parts = OPS.encode(x, GGML[name], importance, quality=quality)
+        return float((importance * (OPS.decode(parts, GGML[name]) - x) ** 2).sum())
+
+    assert error("fast") <= error("reference")
