@@ -38,10 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from oracles import ggml
 
 import mlxedge
-from mlxedge.calibration.collect import collect, default_text
+from mlxedge.calibration.collect import collect
+from mlxedge.calibration.texts import sample
 from mlxedge.encodings import F32, GGML, MLX_FLOAT, PLAIN, Affine, Encoding
 from mlxedge.evaluate import Score, evaluate
 from mlxedge.ops import Feedback, load_reference
+from mlxedge.prepare import prepare
 from mlxedge.sources import open_source
 from mlxedge.sources.checkpoint import Checkpoint, SourceTensor, Tensors
 
@@ -90,8 +92,9 @@ class Inputs:
     def __init__(self, source: Path, *, hessians: bool) -> None:
         self.importance: dict[str, np.ndarray] = {}
         self.hessians: dict[str, np.ndarray] = {}
-        with open_source(source) as checkpoint:
-            for found in collect(checkpoint, default_text(checkpoint), hessians=hessians):
+        with open_source(source) as opened:
+            _, checkpoint = prepare(opened)
+            for found in collect(checkpoint, sample(checkpoint), hessians=hessians):
                 mean = (found.sums / found.count).astype(np.float32)
                 for name in found.names:
                     if name.endswith("_proj.weight"):

@@ -400,7 +400,7 @@ class _Run:
 
         decoded = self._decode(made, goal.encoding)
         with np.errstate(invalid="ignore", over="ignore"):
-            difference = np.subtract(decoded, weights, out=decoded)
+            difference = decoded - weights  # for floats, decoded is what will be written
             error = _power(difference)
             if hint.importance is None:
                 return error, (0.0, 0.0)

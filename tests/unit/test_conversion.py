@@ -169,3 +169,15 @@ def test_arguments_that_make_no_sense(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="threads"):
         mlxedge.convert(tiny, "mlx:4bit", tmp_path / "m", threads=0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["hf:f32", "mlx:f32", "gguf:f32", "mlx:f16"])
+def test_floats_of_another_type_keep_their_values(tmp_path: Path, target: str) -> None:
+    model = write_tiny_llama(tmp_path / "model", dtype="bf16")
+    out = tmp_path / ("m.gguf" if "gguf" in target else "m")
+    mlxedge.convert(model, target, out)
+    with (
+        mlxedge.load(model, engine="numpy") as source,
+        mlxedge.load(out, engine="numpy") as made,
+    ):
+        assert (made.logits(range(40)) == source.logits(range(40))).all()
