@@ -8,9 +8,13 @@ the importance of a weight's column, where each weight has the level nearest to 
   scale to its levels: that removes (Σ w·x·level)² / Σ w·level² of the error. The best trial's scale
   is rounded, gets new levels, is fitted and rounded again; it and its neighbours in float16 are
   compared with the scale that the runtime's rule gives without importance.
-* E8M0 scales (MXFP4, MXFP8): the power of two that cuts no weight off, and those below it. Greater
-  ones have no better levels.
+* E8M0 scales (MXFP4, MXFP8): the least power of two that cuts no weight off, and the next below it.
+  Greater ones have no better levels. Bytes that make the largest level infinite are not used.
 * E4M3 scales (NVFP4): that of MLX's rule and those about it.
+
+Little is cut off: trials end where the extreme weight would lose about a seventh, or with E8M0 a
+quarter. Where importance is far from even, wider ranges halve the weighted error and yet bring a
+model no closer to itself, since what is cut off is off in the same direction for every input.
 
 Columns without importance are left out, but where a block has no others: there all count alike.
 Blocks are searched in units of a power of two that makes the extreme weight 2…4, so nothing

@@ -323,7 +323,7 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 positive = st.floats(0, 2.0**100, width=32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     arrays(np.float32, (2, 64), elements=st.one_of(finite, st.floats(-2, 2, width=32))),
     st.one_of(st.none(), arrays(np.float32, 64, elements=positive)),
