@@ -13,8 +13,8 @@ the importance of a weight's column, where each weight has the level nearest to 
 * E4M3 scales (NVFP4): that of MLX's rule and those about it.
 
 Little is cut off: trials end where the extreme weight would lose about a seventh, or with E8M0 a
-quarter. Where importance is far from even, wider ranges halve the weighted error and yet bring a
-model no closer to itself, since what is cut off is off in the same direction for every input.
+quarter. Where importance is far from even, wider ranges lower the weighted error much more, yet a
+model measured with them (SmolLM2-135M, Q4_0) came out no nearer to the original.
 
 Columns without importance are left out, but where a block has no others: there all count alike.
 Blocks are searched in units of a power of two that makes the extreme weight 2…4, so nothing
