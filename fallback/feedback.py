@@ -54,6 +54,8 @@ from mlxedge.ops import Feedback, Parts
 #: 1.11 times those of the search. With twice itself, which makes the products of different columns
 #: count a third, those of affine 4-bit were 0.86 times.
 DAMPING, MEAN_DAMPING = 2.0, 0.1
+#: How often the diagonal is raised before products of different columns are given up.
+_TRIES = 6
 #: Coordinate descent ends after so many sweeps over the columns.
 SWEEPS = 2
 #: Rows and columns of a block that is factored in float64.
@@ -68,7 +70,8 @@ _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 def prepare(hessian: np.ndarray) -> Feedback:
     """From the mean of x·xᵀ over a layer's inputs, f32 ``[cols, cols]``.
 
-    The diagonal is raised (``DAMPING``, ``MEAN_DAMPING``), tenfold again until a factor exists.
+    The diagonal is raised (``DAMPING``, ``MEAN_DAMPING``), tenfold again until a factor exists, or
+    until it is plain that this is no mean of x·xᵀ: then the diagonal alone is kept.
     Columns without input, and a Hessian of zeros, thus count little but not nothing: their codes
     become the nearest. H is scaled by a power of two to a mean of 0.5…1 of its diagonal. No third
     matrix of its size is needed beside the two of the result.
@@ -88,17 +91,20 @@ def prepare(hessian: np.ndarray) -> Feedback:
     # The scale of H does not matter, but sums of its squares must not overflow.
     mean, exponent = np.frexp(diagonal.mean() if diagonal.any() else 1.0)
     damped = hessian[np.ix_(order, order)]
-    np.ldexp(damped, -exponent, out=damped)
+    with np.errstate(over="ignore"):
+        np.ldexp(damped, -exponent, out=damped)
     diagonal = np.ldexp(diagonal[order], -exponent)
-    damping, mean_damping = DAMPING, MEAN_DAMPING
-    while True:
-        np.fill_diagonal(damped, diagonal * (1 + damping) + mean * mean_damping)
+    for power in range(_TRIES):
+        more = 10.0**power
+        np.fill_diagonal(damped, diagonal * (1 + more * DAMPING) + more * mean * MEAN_DAMPING)
         factor = _upper_factor(damped)
         if factor is not None:
             return Feedback(as_input(order), as_input(damped), as_input(factor))
-        damping, mean_damping = 10 * damping, 10 * mean_damping
+    damped = np.diag(diagonal + mean * MEAN_DAMPING).astype(np.float32)
+    return Feedback(as_input(order), as_input(damped), as_input(np.sqrt(damped)))
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _upper_factor(hessian: np.ndarray) -> np.ndarray | None:
     """The upper triangular f32 V with V·Vᵀ = ``hessian``, or None if there is none."""
     factor = np.triu(hessian)

@@ -191,6 +191,10 @@ HESSIANS = {
 }
 
 
+HESSIANS["nothing on the diagonal"] = np.ones((512, 512), np.float32) - np.eye(512, dtype="f4")
+HESSIANS["no end beside the diagonal"] = np.where(np.eye(512), 1e-30, 3e38).astype(np.float32)
+
+
 @pytest.mark.parametrize("name", HESSIANS)
 def test_any_hessian_will_do(name: str) -> None:
     feedback = OPS.feedback(HESSIANS[name])
