@@ -45,8 +45,8 @@ _SCALES = np.float32(31.0)
 #: its d.
 _TINY_S, _FACTOR_S = np.float32(1e-8), np.float32(0.9875)
 
-_search_16 = make_search(16, 2, -9, 9, 0.1, AGAIN_THERE)
-_search_32 = make_search(32, 2, -6, 6, 0.1, AGAIN_ALWAYS)
+_search_16 = make_search(16, 2, -9, 9, 0.1, AGAIN_THERE).search
+_search_32 = make_search(32, 2, -6, 6, 0.1, AGAIN_ALWAYS).search
 
 
 @inline
@@ -69,38 +69,42 @@ def greatest_of(found: Any, first: Any, count: Any) -> Any:
     return greatest
 
 
-@inline
-def _put_scales(found: Any, inverse: Any, out: Any, at: Any) -> None:
-    """Write the 4-bit codes of sixteen scales."""
-    for j in range(8):
-        low = scale_code(inverse, found[2 * j], 15)
-        out[at + j] = low | scale_code(inverse, found[2 * j + 1], 15) << 4
+@inner
+def code_scales(found: Any, first: Any, count: Any, top: Any, units: Any, codes: Any) -> Any:
+    """Fill ``codes`` of the scales; the greatest of these, and d: that in ``units``."""
+    greatest = greatest_of(found, first, count)
+    d = greatest / units
+    inverse = _ONE / d if greatest != _ZERO else _ZERO
+    for j in range(first, first + count):
+        codes[j] = scale_code(inverse, found[j], top)
+    return greatest, d
 
 
 @inner
-def _put_s(numbers: Any, signs: Any, ids: Any, found: Any, out: Any, at: Any) -> None:
+def put_s(
+    numbers: Any, signs: Any, ids: Any, codes: Any, greatest: Any, d: Any, out: Any, at: Any
+) -> None:
     """Write an IQ2_S block: f16 d, 32 low bytes of points, 32 of signs, 8 of high bits, scales."""
-    clear(out, at, 2)
-    clear(out, at + 66, 16)
+    clear(out, at, 82)
     for j in range(16):
         for k in range(2):
             point = ids[numbers[LANES * k + j]]
             out[at + 2 + 2 * j + k] = point & 255
             out[at + 34 + 2 * j + k] = signs[LANES * k + j]
             out[at + 66 + j // 2] |= point >> 8 << 2 * (2 * (j % 2) + k)
-    greatest = greatest_of(found, 0, 16)
     if greatest == _ZERO:
         return
-    d = greatest / _SCALES
-    put_half(out, at, d * _FACTOR_S)
-    _put_scales(found, _ONE / d, out, at + 74)
+    put_half(out, at, d)
+    for j in range(8):
+        out[at + 74 + j] = codes[2 * j] | codes[2 * j + 1] << 4
 
 
 @inner
-def _put_xs(numbers: Any, signs: Any, ids: Any, found: Any, out: Any, at: Any) -> None:
+def put_xs(
+    numbers: Any, signs: Any, ids: Any, codes: Any, greatest: Any, d: Any, out: Any, at: Any
+) -> None:
     """Write an IQ2_XS block: f16 d, 32 of 9 bits of point and 7 signs, scales."""
     clear(out, at, 74)
-    greatest = greatest_of(found, 0, 16)
     if greatest == _ZERO:
         return
     for j in range(16):
@@ -108,24 +112,31 @@ def _put_xs(numbers: Any, signs: Any, ids: Any, found: Any, out: Any, at: Any) -
             code = ids[numbers[LANES * k + j]] | signs[LANES * k + j] << 9
             out[at + 2 + 4 * j + 2 * k] = code & 255
             out[at + 3 + 4 * j + 2 * k] = code >> 8
-    d = greatest / _SCALES
     put_half(out, at, d)
-    _put_scales(found, _ONE / d, out, at + 66)
+    for j in range(8):
+        out[at + 66 + j] = codes[2 * j] | codes[2 * j + 1] << 4
 
 
 @inner
-def _put_xxs(numbers: Any, signs: Any, ids: Any, found: Any, lane: Any, out: Any, at: Any) -> None:
+def put_xxs(
+    numbers: Any,
+    signs: Any,
+    ids: Any,
+    codes: Any,
+    lane: Any,
+    greatest: Any,
+    d: Any,
+    out: Any,
+    at: Any,
+) -> None:
     """Write an IQ2_XXS block: f16 d, 8 of 4 points and 4 x 7 signs with a scale."""
     clear(out, at, 66)
-    greatest = greatest_of(found, lane, 8)
     if greatest == _ZERO:
         return
-    d = greatest / _SCALES
     put_half(out, at, d)
-    inverse = _ONE / d
     for j in range(8):
         base = at + 2 + 8 * j
-        word = scale_code(inverse, found[lane + j], 15) << 28
+        word = codes[lane + j] << 28
         for k in range(4):
             out[base + k] = ids[numbers[LANES * k + lane + j]]
             word |= signs[LANES * k + lane + j] << 7 * k
@@ -146,6 +157,7 @@ def _encode_16(
     kept = np.empty(2 * LANES, np.float32)
     signs = np.empty(2 * LANES, np.float32)
     found = np.empty(LANES, np.float32)
+    codes = np.empty(LANES, np.int64)
     variances = np.empty(LANES, np.float32)
     numbers, chosen = words.view(np.int32), kept.view(np.int32)
     sign_words = signs.view(np.int32)
@@ -190,10 +202,13 @@ def _encode_16(
             )
             zero = largest < (_TINY_S if signed else TINY)
             store(found, 0, finish(2, 2, scale, zero, 255 if signed else 127, kept, signs))
+            greatest, d = code_scales(found, 0, 16, 15, _SCALES, codes)
+            block = first + b
             if signed:
-                _put_s(chosen, sign_words, ids, found, out, 82 * (first + b))
+                d = d * _FACTOR_S
+                put_s(chosen, sign_words, ids, codes, greatest, d, out, 82 * block)
             else:
-                _put_xs(chosen, sign_words, ids, found, out, 74 * (first + b))
+                put_xs(chosen, sign_words, ids, codes, greatest, d, out, 74 * block)
 
 
 @kernel
@@ -206,6 +221,7 @@ def _encode_xxs(x: Any, importance: Any, cols: Any, ids: Any, lists: Any, out: A
     kept = np.empty(4 * LANES, np.float32)
     signs = np.empty(4 * LANES, np.float32)
     found = np.empty(LANES, np.float32)
+    codes = np.empty(LANES, np.int64)
     variances = np.empty(LANES, np.float32)
     of_lane = np.empty(LANES, np.float32)
     numbers, chosen = words.view(np.int32), kept.view(np.int32)
@@ -255,8 +271,9 @@ def _encode_xxs(x: Any, importance: Any, cols: Any, ids: Any, lists: Any, out: A
             )
             store(found, 0, finish(4, 4, scale, zero, 127, kept, signs))
             for b in range(count):
+                greatest, d = code_scales(found, 8 * b, 8, 15, _SCALES, codes)
                 at = 66 * (first + pair + b)
-                _put_xxs(chosen, sign_words, ids, found, 8 * b, out, at)
+                put_xxs(chosen, sign_words, ids, codes, 8 * b, greatest, d, out, at)
 
 
 def encode_iq2_s(x: np.ndarray, importance: np.ndarray, cols: int, out: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlxedge.fallback.ggml_importance import sum_squares
-from mlxedge.fallback.ggml_iq2 import clear, greatest_of, scale_code
+from mlxedge.fallback.ggml_iq2 import clear, code_scales
 from mlxedge.fallback.ggml_iq_maps import lattice
 from mlxedge.fallback.ggml_iq_search import (
     AGAIN_THERE,
@@ -43,18 +43,20 @@ _TINY_XXS = np.float32(1e-8)
 #: Of d.
 _FACTOR_S, _FACTOR_XXS = np.float32(1.033), np.float32(1.0125)
 
-_search_s = make_search(32, 3, -9, 9, 0.2, AGAIN_THROUGHOUT)
-_search_xxs = make_search(32, 3, -15, 15, 0.2, AGAIN_THERE)
+_search_s = make_search(32, 3, -9, 9, 0.2, AGAIN_THROUGHOUT).search
+_search_xxs = make_search(32, 3, -15, 15, 0.2, AGAIN_THERE).search
 
 
 @inner
-def _put_s(
+def put_s(
     numbers: Any,
     signs: Any,
     ids: Any,
-    found: Any,
+    codes: Any,
     tops: Any,
     lane: Any,
+    greatest: Any,
+    d: Any,
     out: Any,
     at: Any,
 ) -> None:
@@ -76,29 +78,32 @@ def _put_s(
             out[sign + k] = signs[LANES * k + lane + j]
         low += 8
         sign += 4
-    greatest = greatest_of(found, lane, 8)
     if greatest == _ZERO:
         return
-    d = greatest / _SCALES
-    put_half(out, at, d * _FACTOR_S)
-    inverse = _ONE / d
+    put_half(out, at, d)
     for j in range(4):
-        low = scale_code(inverse, found[lane + 2 * j], 15)
-        out[at + 106 + j] = low | scale_code(inverse, found[lane + 2 * j + 1], 15) << 4
+        out[at + 106 + j] = codes[lane + 2 * j] | codes[lane + 2 * j + 1] << 4
 
 
 @inner
-def _put_xxs(numbers: Any, signs: Any, ids: Any, found: Any, lane: Any, out: Any, at: Any) -> None:
+def put_xxs(
+    numbers: Any,
+    signs: Any,
+    ids: Any,
+    codes: Any,
+    lane: Any,
+    greatest: Any,
+    d: Any,
+    out: Any,
+    at: Any,
+) -> None:
     """Write an IQ3_XXS block: f16 d, 64 points, 8 of 4 x 7 signs and a scale."""
     clear(out, at, 98)
-    greatest = greatest_of(found, lane, 8)
     if greatest == _ZERO:
         return
-    d = greatest / _SCALES
-    put_half(out, at, d * _FACTOR_XXS)
-    inverse = _ONE / d
+    put_half(out, at, d)
     for j in range(8):
-        word = scale_code(inverse, found[lane + j], 15) << 28
+        word = codes[lane + j] << 28
         for k in range(8):
             out[at + 2 + 8 * j + k] = ids[numbers[LANES * k + lane + j]]
         for k in range(4):
@@ -119,6 +124,7 @@ def _encode(
     kept = np.empty(8 * LANES, np.float32)
     signs = np.empty(4 * LANES, np.float32)
     found = np.empty(LANES, np.float32)
+    codes = np.empty(LANES, np.int64)
     variances = np.empty(LANES, np.float32)
     of_lane = np.empty(LANES, np.float32)
     tops = np.empty(LANES, np.float32)
@@ -178,10 +184,13 @@ def _encode(
             store(found, 0, finish(8, 4, scale, zero, 255 if signed else 127, kept, signs))
             for b in range(count):
                 block = first + pair + b
+                greatest, d = code_scales(found, 8 * b, 8, 15, _SCALES, codes)
                 if signed:
-                    _put_s(chosen, sign_words, ids, found, tops, 8 * b, out, 110 * block)
+                    d, at = d * _FACTOR_S, 110 * block
+                    put_s(chosen, sign_words, ids, codes, tops, 8 * b, greatest, d, out, at)
                 else:
-                    _put_xxs(chosen, sign_words, ids, found, 8 * b, out, 98 * block)
+                    d, at = d * _FACTOR_XXS, 98 * block
+                    put_xxs(chosen, sign_words, ids, codes, 8 * b, greatest, d, out, at)
 
 
 def encode_iq3_s(x: np.ndarray, importance: np.ndarray, cols: int, out: np.ndarray) -> None:

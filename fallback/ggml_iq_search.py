@@ -14,7 +14,7 @@ aborts; here the first point of the list is taken.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -62,6 +62,10 @@ _WORD = LACKED - 1
 #: Which sub-blocks are rounded again by the scale found: those with a word that the format lacks,
 #: there alone or everywhere; or all.
 AGAIN_THERE, AGAIN_THROUGHOUT, AGAIN_ALWAYS = 0, 1, 2
+
+#: Levels: 2·code + 1 as ggml's encoders have it; as decoders read them, of IQ3_S the same, of
+#: IQ3_XXS with 15 1/2 for 15.
+ODD, TRUE_ODD, WIDE = 0, 1, 2
 
 #: How much errors count without importance: x², or x² + σ²/4.
 SQUARE, SQUARE_AND_VARIANCE = 0, 1
@@ -174,10 +178,13 @@ def read_sub_blocks(
 
 
 @inline
-def _level(word: Any, shift: Any, bits: Any) -> Any:
-    """2·code + 1 of the code at ``shift``."""
+def _level(word: Any, shift: Any, bits: Any, levels: Any) -> Any:
+    """The level of the code at ``shift``."""
     code = (word >> shift) & ((1 << bits) - 1)
-    return as_float((code << 1) + (_MAGIC_BITS + 1)) - _MAGIC
+    level = as_float((code << 1) + (_MAGIC_BITS + 1)) - _MAGIC
+    if levels == WIDE:
+        level = where(code > 6, level + _HALF, level)
+    return level
 
 
 @inline
@@ -263,7 +270,17 @@ def put_costs(tile: Any, roots: Any, n: Any, scale: Any, costs: Any) -> None:
             store(costs, LANES * (n * level + i), cost)
 
 
-def make_search(n: int, bits: int, first: int, last: int, step: float, again: int) -> Any:
+class Search(NamedTuple):
+    """Compiled functions, see :func:`make_search`."""
+
+    choose: Any
+    fit: Any
+    search: Any
+
+
+def make_search(
+    n: int, bits: int, first: int, last: int, step: float, again: int, levels: int = ODD
+) -> Search:
     """A search of sub-blocks of ``n`` weights with codes of ``bits`` bits.
 
     Trials use the inverse scales (top + step · t) / denominator, t = first…last, where top is the
@@ -271,7 +288,11 @@ def make_search(n: int, bits: int, first: int, last: int, step: float, again: in
     scratch for costs ``[3 · n]``, words and the same as int32, words that the search keeps,
     scratch for scales ``[16]``, the denominators and first guesses of the scales, the number of
     sub-blocks and the tables (lists, words, levels, masks). It returns the scales.
+
+    ``levels``: ODD as in ggml's encoders, which also weigh distances by the roots. Else those that
+    decoders read, distances weighed as errors are; levels in the tables are then doubled.
     """
+    half = _ONE if levels == ODD else _HALF
     dims, top = (8, 2) if bits == 2 else (4, 7)
     of_lattice = nearest_of_8 if bits == 2 else nearest_of_4
     groups = n // dims
@@ -300,7 +321,7 @@ def make_search(n: int, bits: int, first: int, last: int, step: float, again: in
         if bits == 2:
             put_costs(tile, roots, n, scale, costs)
         else:
-            store(scales, 0, scale)
+            store(scales, 0, scale * half)
         entries = lists[0]
         for k in range(groups):
             for lane in range(count):
@@ -318,7 +339,7 @@ def make_search(n: int, bits: int, first: int, last: int, step: float, again: in
             for i in range(dims):
                 at = LANES * (dims * k + i)
                 w = load(weights, at)
-                level = _level(word, bits * i, bits)
+                level = _level(word, bits * i, bits, levels)
                 sum_xq = sum_xq + w * load(tile, at) * level
                 sum_qq = sum_qq + w * level * level
         return sum_xq, sum_qq
@@ -339,7 +360,8 @@ def make_search(n: int, bits: int, first: int, last: int, step: float, again: in
         lists: Any,
     ) -> Any:
         for i in range(n):
-            store(roots, LANES * i, square_root(load(weights, LANES * i)))
+            w = load(weights, LANES * i)
+            store(roots, LANES * i, square_root(w) if levels == ODD else w)
         for k in range(groups):
             store(kept, LANES * k, as_float(spread_int(0 if again == AGAIN_THERE else LACKED)))
         best = spread(_ZERO)
@@ -375,7 +397,7 @@ def make_search(n: int, bits: int, first: int, last: int, step: float, again: in
         sum_xq, sum_qq = fit(tile, weights, kept)
         return where(once_more & (sum_qq > _ZERO), sum_xq / sum_qq, scale)
 
-    return search
+    return Search(choose, fit, search)
 
 
 @inner

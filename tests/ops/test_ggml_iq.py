@@ -155,3 +155,20 @@ def test_fast_has_no_greater_error_than_reference(name: str) -> None:
         return float((importance * (OPS.decode(parts, GGML[name]) - x) ** 2).sum())
 
     assert error("fast") <= error("reference")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["iq3_s", "iq3_xxs"])
+def test_fast_search_of_hard_weights(name: str, kind: str) -> None:
+    """It encodes all, rows on their own, and what it can hold with no more error than ggml."""
+    x, rng = hard_weights(kind, "f32"), np.random.default_rng(4)
+    importance = rng.exponential(size=256).astype(np.float32)
+    made = OPS.encode(x, GGML[name], importance, quality="fast")
+    alone = OPS.encode(x[2:3], GGML[name], importance, quality="fast")
+    assert np.array_equal(alone["weight"], made["weight"][2:3])
+    decoded = OPS.decode(made, GGML[name])
+    assert np.isfinite(decoded).all()
+    if kind in TAME:
+        reference = OPS.decode(OPS.encode(x, GGML[name], importance), GGML[name])
+        ours, theirs = ((importance * (d - x) ** 2.0).sum() for d in (decoded, reference))
+        assert ours <= 1.02 * theirs
