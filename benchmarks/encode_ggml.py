@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from oracles import ggml
 
 from mlxedge.encodings import GGML
-from mlxedge.fallback.ggml_encode import ENCODERS
+from mlxedge.fallback.ggml_encode import ENCODERS, NEEDS_IMPORTANCE
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -68,18 +68,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--types", nargs="+", choices=ENCODERS, default=list(ENCODERS))
+    parser.add_argument("--types", nargs="+", choices=ENCODERS, help="default: all that can be")
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--cols", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--importance", action="store_true", help="give both an importance matrix")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    possible = [n for n in ENCODERS if options.importance or n not in NEEDS_IMPORTANCE]
+    types = options.types or possible
+    if not set(types) <= set(possible):
+        parser.error(f"{', '.join(sorted(NEEDS_IMPORTANCE))} need --importance")
 
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((options.rows, options.cols), np.float32)
     importance = rng.random(options.cols, np.float32) if options.importance else None
-    results = [measure(name, weights, options.repeats, importance) for name in options.types]
+    results = [measure(name, weights, options.repeats, importance) for name in types]
     if options.json:
         record = {"shape": weights.shape, "importance": options.importance}
         print(json.dumps({**record, "results": results, "host": host()}))
@@ -89,10 +93,10 @@ def main() -> None:
         f"{options.rows} x {options.cols} normal weights{given}, one thread, "
         "million weights a second"
     )
-    print(f"{'type':6}{'ours':>9}{'ggml':>9}{'ratio':>8}{'bytes differ':>14}{'first call':>12}")
+    print(f"{'type':8}{'ours':>9}{'ggml':>9}{'ratio':>8}{'bytes differ':>14}{'first call':>12}")
     for r in results:
         print(
-            f"{r['type']:6}{r['mweights_per_s']:9}{r['ggml_mweights_per_s']:9}{r['ratio']:8}"
+            f"{r['type']:8}{r['mweights_per_s']:9}{r['ggml_mweights_per_s']:9}{r['ratio']:8}"
             f"{r['differing_bytes']:14}{r['first_call_s']:10} s"
         )
 
