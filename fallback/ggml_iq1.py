@@ -498,7 +498,7 @@ def _encode_m(x: Any, importance: Any, cols: Any, ids: Any, lists: Any, out: Any
                 sum_xq, sum_qq = _step(tile, weights, words, shifts, codes, products, squares)
                 if sum_qq > _ZERO:
                     d = sum_xq / sum_qq
-                bits = np.int32(to_half(d * _FACTOR_M))
+                bits = int(to_half(d * _FACTOR_M))
             _put_m(numbers, shift_codes, ids, codes, bits, out, 56 * (first + b))
 
 
