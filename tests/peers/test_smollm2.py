@@ -33,6 +33,8 @@ def home(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(["convert", smollm2, "--to", "hf:f32", "-o", floats])
     targets = [f"gguf:{r}" for r in GGUF_RECIPES] + list(MLX)
     run(["convert", floats, *(w for t in targets for w in ("--to", t)), "-o", home / "out"])
+    rule = ["--to", "gguf:f16", "--to", "gguf:q8_0", "--to", "mlx:4bit", "--quality", "reference"]
+    run(["convert", floats, *rule, "-o", home / "rule"])
     return home
 
 
@@ -44,8 +46,8 @@ def run(arguments: list[object]) -> str:
     return done.stdout
 
 
-def output(home: Path, target: str) -> Path:
-    return home / "out" / parse_target(target).default_name("smol")
+def output(home: Path, target: str, folder: str = "out") -> Path:
+    return home / folder / parse_target(target).default_name("smol")
 
 
 @pytest.mark.parametrize("recipe", GGUF_RECIPES)
@@ -81,7 +83,7 @@ def test_mlx_lm_answers(home: Path) -> None:
 
 @pytest.mark.parametrize("target", ["gguf:q8_0", "gguf:f16"])
 def test_greedy_tokens_equal_llama_cpps(home: Path, target: str) -> None:
-    path = output(home, target)
+    path = output(home, target, "rule")
     with LlamaCpp(path) as peer, mlxedge.load(path) as ours:
         tokens = peer.tokenize("The history of the city begins", add_special=True)
         expected = peer.greedy(tokens, 32)
@@ -127,6 +129,6 @@ def test_mlx_arrays_equal_mlx_lms(home: Path) -> None:
     model, config = load_model(home / "smol")
     model, _ = quantize_model(model, config, 64, 4)
     peer = dict(tree_flatten(model.parameters()))
-    ours = mx.load(str(output(home, "mlx:4bit") / "model.safetensors"))
+    ours = mx.load(str(output(home, "mlx:4bit", "rule") / "model.safetensors"))
     assert set(ours) == set(peer)
     assert [k for k in ours if not mx.array_equal(ours[k], peer[k])] == []
