@@ -225,9 +225,9 @@ def _by_default(checkpoint: Checkpoint, quality: Quality) -> Guidance:
     try:
         shape_of(checkpoint.config)
         try:
-            taken = sample(checkpoint)
+            taken = sample(checkpoint, varied=quality == "best")
         except TokenizerError:
-            taken = random_sample(checkpoint)
+            taken = random_sample(checkpoint, varied=quality == "best")
         return _by_sample(checkpoint, quality, taken)
     except MlxedgeError as error:
         if quality == "best":
@@ -277,9 +277,7 @@ def _is_imatrix(path: Path) -> bool:
     return head.startswith(MAGIC) or b"\0" in head
 
 
-def _by_imatrix(
-    checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path: Path
-) -> Guidance:
+def _by_imatrix(checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path: Path) -> Guidance:
     from mlxedge.calibration.imatrix import check_fits, read_imatrix
     from mlxedge.calibration.store import hessian_folder
     from mlxedge.record import sha256_file

@@ -85,7 +85,9 @@ def calibrate_to_file(
     check_weights(spec, checkpoint)
     if out.is_dir():
         raise OutputError(f"{out} is a folder: -o takes the name of the file")
-    taken = sample(checkpoint, text, name=text_name, tokens=tokens, context=context)
+    taken = sample(
+        checkpoint, text, name=text_name, tokens=tokens, context=context, varied=hessians
+    )
     with _Run(out, checkpoint, taken, hessians, force) as run:
         resumed = run.done
         if not run.complete:

@@ -2,7 +2,9 @@
 
 Without a text it is the beginning of Python's own documentation, as ``pydoc_data.topics`` of the
 standard library has it: 465 KB of English, there wherever Python is, and nobody's test set. Little
-is needed: KL of 4-bit weights hardly falls beyond 2048 tokens, and 256 do nearly as well.
+is needed for the importance of columns: KL of 4-bit weights hardly falls beyond 2048 tokens, and
+256 do nearly as well. Hessians tell how inputs go together, which differs more from text to text;
+theirs are four texts of different kinds, with four times as many tokens.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import importlib
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from mlxedge.errors import TokenizerError, UsageError
-from mlxedge.texts import HELDOUT
+from mlxedge.texts import CALIBRATION, HELDOUT
 from mlxedge.tokenizer import load as load_tokenizer
 
 if TYPE_CHECKING:
@@ -33,22 +36,22 @@ _SMALL = 1_000_000_000
 _CHARACTERS = 32
 
 
-def default_tokens(weights: int) -> int:
+def default_tokens(weights: int, varied: bool = False) -> int:
     """How many tokens a model of so many weights is calibrated on unless told otherwise.
 
     2048 up to 10⁹ weights, then half as many for each doubling, so that the work stays about the
-    same, and 256 from 4·10⁹ on.
+    same, and 256 from 4·10⁹ on; ``varied`` four times as many.
     """
     tokens = MOST_TOKENS
     while tokens > LEAST_TOKENS and weights > _SMALL * MOST_TOKENS // tokens:
         tokens //= 2
-    return tokens
+    return tokens * (1 + len(CALIBRATION) if varied else 1)
 
 
-def default_text() -> tuple[str, str]:
-    """The name and the text that are used unless another is given.
+def default_texts(varied: bool = False) -> dict[str, str]:
+    """The texts that are used unless another is given, by name; ``varied`` for Hessians.
 
-    Raises UsageError where Python came without it, as some stripped ones do.
+    Raises UsageError where Python came without its documentation, as some stripped ones do.
     """
     name = "pydoc_data.topics"
     try:
@@ -58,7 +61,10 @@ def default_text() -> tuple[str, str]:
             f"this Python came without {name}, which is the text that models are calibrated on: "
             "give another one (UTF-8)"
         ) from None
-    return name, "\n".join(topics.values())
+    texts = {name: "\n".join(topics.values())}
+    if varied:
+        texts |= {f"mlxedge's {p.stem}": p.read_text(encoding="utf-8") for p in CALIBRATION}
+    return texts
 
 
 def read_text(file: Path) -> str:
@@ -115,27 +121,28 @@ def sample(
     name: str = "text",
     tokens: int | Literal["all"] | None = None,
     context: int | None = None,
+    varied: bool = False,
 ) -> Sample:
     """The first ``tokens`` tokens of ``text`` in chunks of ``context``, as llama-imatrix cuts them:
     the first token of each chunk is BOS if the tokenizer begins a text with it, the text of control
     tokens is only text, and what fills no chunk is left out.
 
-    Without ``text`` it is ``default_text()``; without ``tokens`` there are ``default_tokens`` of
-    them, or as many as the text has, which "all" asks for; without ``context`` it is 512, or fewer
-    where the model or ``tokens`` has fewer.
+    Without ``text`` it is ``default_texts(varied)``, of which chunks are taken in turn; without
+    ``tokens`` there are ``default_tokens`` of them, or as many as the text has, which "all" asks
+    for; without ``context`` it is 512, or fewer where the model or ``tokens`` has fewer.
 
     Raises TokenizerError for a model without a tokenizer, and UsageError for a text that is too
     short or held out, and for figures that make no sense.
     """
     if checkpoint.tokenizer is None:
         raise TokenizerError(f"{checkpoint.origin.path} has no tokenizer, which calibration needs")
-    if text is None:
-        name, text = default_text()
-    refuse_heldout(name, text)
+    texts = default_texts(varied) if text is None else {name: text}
+    for one, content in texts.items():
+        refuse_heldout(one, content)
     weights = sum(tensor.size for tensor in checkpoint.tensors.values())
-    everything = len(text.encode()) + 1
-    wanted = tokens or default_tokens(weights)
-    wanted = everything if wanted == "all" else wanted
+    everything = max(len(content.encode()) for content in texts.values()) + 1
+    wanted = tokens or default_tokens(weights, varied)
+    wanted = everything * len(texts) if wanted == "all" else wanted
     limit = int(checkpoint.config.get("max_position_embeddings") or 2048)
     chunk = min(CONTEXT, wanted, limit) if context is None else context
     if chunk < LEAST_CONTEXT:
@@ -147,26 +154,34 @@ def sample(
     if wanted < chunk:
         raise UsageError(f"{wanted} tokens are less than one chunk of {chunk}: use more tokens")
     tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.generation_config)
-    ids, bos = _encode(tokenizer, text, wanted)
-    chunks = min(wanted, len(ids)) // chunk
-    if not chunks or (isinstance(tokens, int) and len(ids) < tokens):
+    # Rounded up, so that the first texts have the chunk that does not divide.
+    each = -(-(wanted // chunk) // len(texts)) * chunk
+    each = max(each, wanted) if len(texts) == 1 else each
+    cut, available, bos = [], 0, None
+    for content in texts.values():
+        ids, bos = _encode(tokenizer, content, each)
+        available += len(ids)
+        cut.append([ids[i : i + chunk] for i in range(0, min(each, len(ids)) - chunk + 1, chunk)])
+    taken = [c for turn in zip_longest(*cut) for c in turn if c is not None][: wanted // chunk]
+    if not taken or (isinstance(tokens, int) and available < tokens):
+        asked, way = (wanted, "fewer tokens") if taken else (chunk, "a smaller context")
         raise UsageError(
-            f"{name} has {len(ids)} tokens, and {wanted if chunks else chunk} are asked for: give "
-            f"a longer text, or {'fewer tokens' if chunks else 'a smaller context'}"
+            f"{' and '.join(texts)}: {available} tokens, and {asked} are asked for: give a longer "
+            f"text, or {way}"
         )
-    cut = np.array(ids[: chunks * chunk], np.int64).reshape(chunks, chunk)
+    rows = np.array(taken, np.int64)
     if bos is not None:
-        cut[:, 0] = bos
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Sample(cut, name, digest, len(ids), bos is not None)
+        rows[:, 0] = bos
+    digest = hashlib.sha256("".join(texts.values()).encode()).hexdigest()
+    return Sample(rows, ", ".join(texts), digest, available, bos is not None)
 
 
-def random_sample(checkpoint: Checkpoint) -> Sample:
+def random_sample(checkpoint: Checkpoint, varied: bool = False) -> Sample:
     """Random tokens, for a model whose tokenizer cannot be used: of what calibration gains they
     bring most, since which columns are large hardly depends on the text."""
     weights = sum(tensor.size for tensor in checkpoint.tensors.values())
     context = min(CONTEXT, int(checkpoint.config.get("max_position_embeddings") or 2048))
-    chunks = max(1, default_tokens(weights) // context)
+    chunks = max(1, default_tokens(weights, varied) // context)
     ids = np.random.default_rng(0).integers(checkpoint.config["vocab_size"], size=(chunks, context))
     digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
     return Sample(ids.astype(np.int64), "random tokens", digest, ids.size, False)

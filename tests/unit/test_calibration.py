@@ -26,7 +26,7 @@ from mlxedge.calibration.imatrix import read_imatrix
 from mlxedge.calibration.run import CalibrationReport, calibrate_to_file
 from mlxedge.calibration.statistics import FEWEST_TOKENS, Calibration, Statistics
 from mlxedge.calibration.store import hessian_folder, layer_file, read_hessians, read_layer
-from mlxedge.calibration.texts import default_text, default_tokens, read_text, sample
+from mlxedge.calibration.texts import default_texts, default_tokens, read_text, sample
 from mlxedge.errors import (
     BadWeightsError,
     CorruptFileError,
@@ -102,7 +102,7 @@ def test_about_the_same_work_for_any_size(weights: int, tokens: int) -> None:
 
 
 def test_the_default_text(model: Path) -> None:
-    name, text = default_text()
+    ((name, text),) = default_texts().items()
     assert name == "pydoc_data.topics"
     assert len(text) > 300_000
     checkpoint = opened(model)
@@ -113,10 +113,26 @@ def test_the_default_text(model: Path) -> None:
     np.testing.assert_array_equal(taken.ids.reshape(-1), tokens[:2048])
 
 
+def test_hessians_see_texts_of_several_kinds(model: Path) -> None:
+    taken = sample(opened(model), varied=True)
+    names, texts = zip(*default_texts(varied=True).items(), strict=True)
+    assert len(names) == 4
+    assert (taken.text, taken.ids.shape) == (", ".join(names), (16, 512))
+    checkpoint = opened(model)
+    assert checkpoint.tokenizer is not None
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    for i, text in enumerate(texts):
+        tokens = tokenizer.encode(text, False, False)
+        np.testing.assert_array_equal(taken.ids[i::4].reshape(-1), tokens[:2048])
+    # Only some of a text that is shorter than its share.
+    everything = sample(opened(model), varied=True, tokens="all")
+    assert 8192 < everything.tokens <= everything.available
+
+
 def test_a_python_without_the_default_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(UsageError, match="this Python came without"):
-        default_text()
+        default_texts()
 
 
 def test_every_chunk_begins_with_bos(model: Path, tmp_path: Path) -> None:
