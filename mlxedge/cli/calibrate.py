@@ -30,8 +30,8 @@ class Tokens(click.ParamType):
               metavar="FILE",
               help="Run this text (UTF-8).  [default: Python's documentation]")  # fmt: skip
 @click.option("--tokens", type=Tokens(),
-              help="How much of the text, or all.  [default: 2048; fewer for models beyond 1e9 "
-              "weights]")  # fmt: skip
+              help="How much of the text, or all.  [default: 2048, with --hessians 8192 of four "
+              "texts; fewer for models beyond 1e9 weights]")  # fmt: skip
 @click.option("--context", type=click.IntRange(min=1), metavar="N",
               help="Tokens of a chunk.  [default: 512]")  # fmt: skip
 @click.option("--hessians", is_flag=True,
