@@ -92,7 +92,6 @@ def convert(
             quality=quality,
             calibrate=calibrate,
             overrides=overrides,
-            threads=threads,
         )
         return run_plan(
             plan,
@@ -118,7 +117,6 @@ def plan_conversion(
     quality: Quality = "fast",
     calibrate: str | Path | Literal[False] | None = None,
     overrides: Overrides = NONE,
-    threads: int | None = None,
 ) -> tuple[Plan, Checkpoint]:
     """Plan without writing anything.
 

@@ -143,7 +143,7 @@ def run_plan(
         run = _Run(plan, checkpoint, ops, stages, allow_nan, workers, progress)
         try:
             run.run()
-        except (BadWeightsError, UnsupportedEncodingError):
+        except (BadWeightsError, UnsupportedEncodingError, UsageError):
             for stage in stages:
                 stage.discard()
             raise
@@ -180,6 +180,7 @@ class _Run:
         self.stages = stages
         self.allow_nan = allow_nan
         self.threads = threads if ops.parallel else 1
+        self._processors = threads
         self.progress = progress
         self.total = sum(t.size for t in checkpoint.tensors.values())
         self._done_weights = 0
@@ -188,10 +189,12 @@ class _Run:
 
     def run(self) -> None:
         """Calibrate if that is planned, and encode everything."""
+        guidance = self.plan.guidance
         try:
-            self.guide = self.plan.guidance.guide(self.checkpoint, self.threads, self._calibrating)
-        except BadWeightsError:
-            self._explain()
+            # The model runs on the fallback's threads, whatever encodes.
+            self.guide = guidance.guide(self.checkpoint, self._processors, self._calibrating)
+        except BadWeightsError as error:
+            self._explain(error)
         with contextlib.closing(self.guide):
             self._encode_all()
 
@@ -271,13 +274,15 @@ class _Run:
     def _hint(self, name: str) -> Hint:
         try:
             return self.guide.hint(name)
-        except BadWeightsError:
-            self._explain()
-            raise
+        except BadWeightsError as error:
+            self._explain(error)
+            self.guide = Guide()
+            return Hint()
 
-    def _explain(self) -> None:
+    def _explain(self, error: BadWeightsError) -> None:
         """After a calibration that met what is not finite: raise BadWeightsError for the first
-        weight that is not, or let the plain rules do where the user allowed that."""
+        weight that is not, or let the plain rules do for what is left where the user allowed that.
+        """
         if self.allow_nan:
             return
         for source in self.checkpoint.tensors.values():
@@ -285,7 +290,9 @@ class _Run:
             for start in range(0, source.rows, step):
                 parts = source.read_rows(start, min(start + step, source.rows))
                 self._is_finite(self._decode(parts, source.encoding), source, start)
-        raise
+        raise BadWeightsError(
+            f"{error}; --no-calibrate with --quality reference encodes them without running it"
+        ) from error
 
     def _calibrating(self, done: int, steps: int, what: str) -> None:
         if self.progress is not None and what:
@@ -352,7 +359,7 @@ class _Run:
                     "squared_weights": result.squared_weights,
                     "weighted_error": result.weighted_error,
                     "weighted_weights": result.weighted_weights,
-                    "quality": result.quality,
+                    "quality": result.quality if result.how == "encode" else "reference",
                     "how": result.how,
                     "nonfinite": result.nonfinite,
                 }

@@ -152,7 +152,7 @@ class _Run:
         self.layers: int = checkpoint.config["num_hidden_layers"]
         self.done = 0
         self._layers_dir = self.dir / "layers"
-        self._hessians = hessian_folder(out) if hessians else None
+        self._hessians = hessians
         self._states_bytes = 4 * taken.ids.size * int(checkpoint.config["hidden_size"])
         self.about = {
             "model": model_fingerprint(checkpoint),
@@ -166,8 +166,8 @@ class _Run:
         check_target(out, force)
         # A kill between the two last steps leaves Hessians of ours under their final name.
         half_published = self.complete and not self._layers_dir.exists()
-        if self._hessians is not None and not half_published:
-            check_target(self._hessians, force)
+        if not half_published:
+            check_target(hessian_folder(out), force)
 
     @property
     def complete(self) -> bool:
@@ -260,15 +260,17 @@ class _Run:
             runner.restore(self.done, states)
 
     def publish(self) -> None:
-        """Give everything its final name; begun again, it does what is left."""
+        """Give everything its final name; begun again, it does what is left. Hessians that stood
+        there are of the file that is replaced, so they go with it."""
         with os_errors(self.out):
             with self.made.open("rb+") as file:
                 os.fsync(file.fileno())
-            folder = self._hessians
-            if folder is not None and self._layers_dir.exists():
+            if self._layers_dir.exists():
+                folder = hessian_folder(self.out)
                 if folder.exists():
                     folder.rename(self.dir / _REPLACED)
-                self._layers_dir.rename(folder)
+                if self._hessians:
+                    self._layers_dir.rename(folder)
             self.made.replace(self.out)
             shutil.rmtree(self.dir, ignore_errors=True)
 

@@ -117,7 +117,6 @@ def command(
             quality=quality,
             calibrate=False if no_calibrate else calibrate,
             overrides=overrides,
-            threads=threads,
         )
         workers = worker_count(threads)
         if not as_json:

@@ -227,7 +227,11 @@ class Staging:
             shutil.rmtree(self.dir, ignore_errors=True)
 
     def keep(self) -> None:
-        """Stop without publishing; what is done stays for the next run. No-op once published."""
+        """Stop without publishing; what is done stays for the next run, and room that was only
+        taken is given back. No-op once published."""
+        if not self.done and not (self.dir / _REPLACED).exists():
+            self.discard()
+            return
         if self._files:
             with self._guard, contextlib.suppress(OSError):
                 self._sync()
