@@ -317,7 +317,7 @@ def obstacles(found: Inspection) -> dict[str, str | None]:
             # Nothing is written there; the name is new, so that nothing is in the way.
             out = Path(tempfile.gettempdir()) / target.default_name(f"mlxedge-{uuid.uuid4().hex}")
             try:
-                plan_conversion(checkpoint, [target], out)
+                plan_conversion(checkpoint, [target], out, quality="reference")
                 why[kind] = None
             except DiskFullError:
                 why[kind] = None  # the disk of the trial is not the one to write to

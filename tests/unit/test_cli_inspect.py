@@ -234,3 +234,15 @@ def test_values_become_json() -> None:
         "a": {"length": 9, "first": list(range(8))},
         "b": [1],
     }
+
+
+def test_nothing_is_tokenized_to_say_what_can_be_converted(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial is no conversion: it takes no sample of a text to calibrate on."""
+
+    def refuse(*args: object, **settings: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("mlxedge.calibration.texts.sample", refuse)
+    assert obstacles(inspect(tiny)) == {"mlx": None, "gguf": None, "hf": None}
