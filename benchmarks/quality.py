@@ -94,7 +94,9 @@ class Inputs:
         self.hessians: dict[str, np.ndarray] = {}
         with open_source(source) as opened:
             _, checkpoint = prepare(opened)
-            for found in collect(checkpoint, sample(checkpoint, varied=hessians), hessians=hessians):
+            for found in collect(
+                checkpoint, sample(checkpoint, varied=hessians), hessians=hessians
+            ):
                 mean = (found.sums / found.count).astype(np.float32)
                 for name in found.names:
                     if name.endswith("_proj.weight"):

@@ -18,12 +18,12 @@ from mlxedge.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from mlxedge.guidance import plan_guidance
+from mlxedge.guidance import Guidance, plan_guidance
 from mlxedge.outputs.gguf import plan_gguf
 from mlxedge.outputs.hf_dir import plan_hf
 from mlxedge.outputs.mlx_dir import plan_mlx
 from mlxedge.outputs.staging import check_target, partial_dir
-from mlxedge.plan import OutputPlan, Plan, encodes
+from mlxedge.plan import OutputPlan, Plan, encodings_made
 from mlxedge.prepare import check_weights, prepare
 from mlxedge.recipes.overrides import NONE, Overrides
 from mlxedge.record import recorded_fingerprint
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 #: Weights handled at once by a thread; bounds memory (4 bytes each, a few copies).
 CHUNK_WEIGHTS = {"numpy": 1 << 18, "mlx": 1 << 24}
-#: GGUF recipes of types that are not calibrated.
-_EXACT = (*PLAIN, "q8_0")
 _CONFIG_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -145,7 +143,10 @@ def plan_conversion(
             raise UnsupportedModelError(f"{target.spec}: {'; '.join(why)}")
     check_weights(spec, checkpoint)
     overrides.check_formats(t.format for t in targets)
-    guidance = plan_guidance(checkpoint, spec, quality, calibrate)
+    if all(t.recipe in PLAIN for t in targets) and not overrides:
+        guidance = Guidance(quality)
+    else:
+        guidance = plan_guidance(checkpoint, spec, quality, calibrate)
 
     paths = _paths(checkpoint.name, targets, out)
     for path in paths:
@@ -166,7 +167,7 @@ def plan_conversion(
                     overrides=overrides,
                     imatrix=guidance.calibrates,
                     known=guidance.known,
-                    about_imatrix=None if target.recipe in _EXACT else guidance.about_imatrix,
+                    about_imatrix=guidance.about_imatrix,
                 )
             )
         elif target.format == "mlx":
@@ -184,7 +185,7 @@ def plan_conversion(
             )
         else:
             outputs.append(plan_hf(checkpoint, spec, config, target, path))
-    encoded = {encoding for output in outputs for encoding in encodes(output)}
+    encoded = encodings_made(tensor for output in outputs for tensor in output.tensors)
     plan = Plan(
         guidance=guidance.needed_for(encoded),
         name=checkpoint.name,

@@ -141,9 +141,9 @@ class Guidance:
 
     def needed_for(self, encodings: Iterable[Encoding]) -> Guidance:
         """This, or one without a calibration if none of ``encodings`` gains by it."""
-        if any(e.bits_per_weight < MOST_BITS_CALIBRATED for e in encodings):
+        if not self.calibrates or any(e.bits_per_weight < MOST_BITS_CALIBRATED for e in encodings):
             return self
-        return Guidance(self.quality)
+        return Guidance("fast" if self.quality == "best" else self.quality)
 
     @property
     def about_imatrix(self) -> Metadata:
@@ -240,15 +240,12 @@ def _by_sample(checkpoint: Checkpoint, quality: Quality, taken: Sample) -> Guida
 
     groups = input_groups(checkpoint)
     layers: dict[str, int] = {}
-    widest = 0
     for names in groups:
         layer = names[0].rpartition(".layers.")[2].partition(".")[0]
         tensors = [checkpoint.tensors[name] for name in names]
         layers[layer] = layers.get(layer, 0) + sum(t.nbytes for t in tensors)
-        widest = max(widest, tensors[0].cols)
     states = 8 * taken.tokens * int(checkpoint.config["hidden_size"])
-    # A Hessian as it is collected, inverted (f64 on the way) and kept for two groups.
-    squares = 40 * widest * widest if quality == "best" else 0
+    squares = _square_bytes(checkpoint) if quality == "best" else 0
     return Guidance(
         quality,
         {
@@ -265,6 +262,15 @@ def _by_sample(checkpoint: Checkpoint, quality: Quality, taken: Sample) -> Guida
     )
 
 
+def _square_bytes(checkpoint: Checkpoint) -> int:
+    """Of the Hessians of a layer, and of what is made of the widest for error feedback."""
+    from mlxedge.calibration.collect import input_groups
+
+    widths = [checkpoint.tensors[names[0]].cols for names in input_groups(checkpoint)]
+    groups = max(1, len(widths) // max(1, int(checkpoint.config["num_hidden_layers"])))
+    return 4 * groups * max(widths) ** 2 + 20 * max(widths) ** 2
+
+
 def _is_imatrix(path: Path) -> bool:
     """GGUF by its first bytes, the older format because it is no text."""
     from mlxedge.sources.gguf import MAGIC
@@ -274,12 +280,13 @@ def _is_imatrix(path: Path) -> bool:
             head = file.read(1 << 12)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    return head.startswith(MAGIC) or b"\0" in head
+    utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return head.startswith(MAGIC) or (b"\0" in head and not utf16)
 
 
 def _by_imatrix(checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path: Path) -> Guidance:
     from mlxedge.calibration.imatrix import check_fits, read_imatrix
-    from mlxedge.calibration.store import hessian_folder
+    from mlxedge.calibration.store import check_hessians, hessian_folder
     from mlxedge.record import sha256_file
 
     calibration = read_imatrix(path, spec)
@@ -297,6 +304,7 @@ def _by_imatrix(checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path:
                 f"quality best needs Hessians, and there is no {hessians}: make it with mlxedge "
                 "calibrate --hessians, give a text instead, or take --quality fast"
             )
+        check_hessians(hessians, checkpoint, calibration)
     return Guidance(
         quality,
         {
@@ -308,6 +316,7 @@ def _by_imatrix(checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path:
             "context": calibration.context,
         },
         known=frozenset(known),
+        memory_bytes=_square_bytes(checkpoint) if quality == "best" else 0,
         calibration=calibration,
         hessians=hessians,
     )

@@ -153,11 +153,9 @@ class Plan:
         return _digest(text.encode())
 
 
-def encodes(output: OutputPlan) -> Iterable[Encoding]:
+def encodings_made(tensors: Iterable[PlannedTensor]) -> set[Encoding]:
     """The encodings of what is encoded anew into something that is not plain."""
-    return (
-        t.encoding for t in output.tensors if t.how == "encode" and t.encoding.family != "plain"
-    )
+    return {t.encoding for t in tensors if t.how == "encode" and t.encoding.family != "plain"}
 
 
 def place_parts(

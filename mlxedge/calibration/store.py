@@ -27,6 +27,7 @@ from mlxedge.ops import load_reference
 from mlxedge.sources.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
+    from mlxedge.calibration.statistics import Calibration
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
 
 FORMAT = "mlxedge-statistics-1"
@@ -180,6 +181,25 @@ def read_hessians(folder: str | Path, checkpoint: Checkpoint) -> Generator[Colle
                 raise CorruptFileError(path, f"{one.names[0]} is not what should be here")
         while found:
             yield found.pop(0)
+
+
+def check_hessians(folder: Path, checkpoint: Checkpoint, calibration: Calibration) -> None:
+    """Raise UsageError unless the Hessians in ``folder`` are of this prepared checkpoint and of the
+    run that ``calibration`` tells of, and CorruptFileError for a damaged first layer."""
+    found, metadata = read_layer(folder / layer_file(0), hessians=False)
+    if metadata.get("model") != model_fingerprint(checkpoint):
+        raise UsageError(
+            f"{folder} holds Hessians of another model than {checkpoint.origin.path}: "
+            "calibrate this one"
+        )
+    for one in found:
+        known = calibration.tensors.get(one.names[0])
+        mean = one.sums / one.count
+        if known is None or not np.allclose(known.importance()[0], mean, rtol=1e-3):
+            raise UsageError(
+                f"{folder} is of another run than the file that it stands beside: calibrate again "
+                "with --hessians"
+            )
 
 
 def _fits(one: Collected, tensor: SourceTensor | None) -> bool:

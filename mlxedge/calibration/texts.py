@@ -158,12 +158,19 @@ def sample(
     each = -(-(wanted // chunk) // len(texts)) * chunk
     each = max(each, wanted) if len(texts) == 1 else each
     cut, available, bos = [], 0, None
-    for content in texts.values():
-        ids, bos = _encode(tokenizer, content, each)
+    lacking = 0
+    # What the short ones lack comes from the first, which is the longest by far.
+    for content in reversed(texts.values()):
+        share = each + lacking if len(cut) == len(texts) - 1 else each
+        ids, bos = _encode(tokenizer, content, share)
         available += len(ids)
-        cut.append([ids[i : i + chunk] for i in range(0, min(each, len(ids)) - chunk + 1, chunk)])
+        cut.insert(0, [ids[i : i + chunk] for i in range(0, len(ids) - chunk + 1, chunk)])
+        cut[0] = cut[0][: share // chunk]
+        lacking += max(0, each - chunk * len(cut[0]))
     taken = [c for turn in zip_longest(*cut) for c in turn if c is not None][: wanted // chunk]
-    if not taken or (isinstance(tokens, int) and available < tokens):
+    if not taken or (
+        isinstance(tokens, int) and (available < tokens or len(taken) < wanted // chunk)
+    ):
         asked, way = (wanted, "fewer tokens") if taken else (chunk, "a smaller context")
         raise UsageError(
             f"{' and '.join(texts)}: {available} tokens, and {asked} are asked for: give a longer "
@@ -172,6 +179,11 @@ def sample(
     rows = np.array(taken, np.int64)
     if bos is not None:
         rows[:, 0] = bos
+    if rows.max() >= (vocab := int(checkpoint.config["vocab_size"])):
+        raise TokenizerError(
+            f"{checkpoint.origin.path}: the tokenizer has a token {rows.max()}, and the model's "
+            f"vocabulary ends at {vocab}, so it is another model's"
+        )
     digest = hashlib.sha256("".join(texts.values()).encode()).hexdigest()
     return Sample(rows, ", ".join(texts), digest, available, bos is not None)
 

@@ -13,7 +13,14 @@ from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.spec import ModelSpec
 from mlxedge.outputs.folder import window_notes
 from mlxedge.outputs.gguf_file import ALIGNMENT, header_bytes
-from mlxedge.plan import DataFile, OutputPlan, PlannedTensor, how_to_make, place_parts
+from mlxedge.plan import (
+    DataFile,
+    OutputPlan,
+    PlannedTensor,
+    encodings_made,
+    how_to_make,
+    place_parts,
+)
 from mlxedge.recipes import llama_cpp
 from mlxedge.recipes.overrides import NONE, Overrides
 from mlxedge.targets import Target
@@ -107,7 +114,10 @@ def plan_gguf(
     metadata["general.quantization_version"] = gv.u32(_QUANTIZATION_VERSION)
     if checkpoint.tokenizer is not None:
         metadata |= to_gguf(checkpoint.tokenizer, config, pre=pre)
-    header = header_bytes(metadata | (about_imatrix or {}), infos)
+    # Of q8_0 and floats it makes no difference, and what is copied has its own history.
+    if about_imatrix and any(e.bits_per_weight < 8 for e in encodings_made(planned)):
+        metadata |= about_imatrix
+    header = header_bytes(metadata, infos)
     shifted = [
         replace(
             t,

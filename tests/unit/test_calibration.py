@@ -124,9 +124,20 @@ def test_hessians_see_texts_of_several_kinds(model: Path) -> None:
     for i, text in enumerate(texts):
         tokens = tokenizer.encode(text, False, False)
         np.testing.assert_array_equal(taken.ids[i::4].reshape(-1), tokens[:2048])
-    # Only some of a text that is shorter than its share.
+    # What the short ones lack, the first makes up for.
+    more = sample(opened(model), varied=True, tokens=60_000)
+    assert more.tokens == 60_000 // 512 * 512
     everything = sample(opened(model), varied=True, tokens="all")
-    assert 8192 < everything.tokens <= everything.available
+    assert more.tokens < everything.tokens <= everything.available
+    with pytest.raises(UsageError, match="give a longer text, or fewer tokens"):
+        sample(opened(model), varied=True, tokens=10_000_000)
+
+
+def test_a_tokenizer_of_another_model(model: Path) -> None:
+    checkpoint = opened(model)
+    small = replace(checkpoint, config=checkpoint.config | {"vocab_size": 300})
+    with pytest.raises(TokenizerError, match="another model's"):
+        sample(small, SENTENCES, context=32)
 
 
 def test_a_python_without_the_default_text(monkeypatch: pytest.MonkeyPatch) -> None:

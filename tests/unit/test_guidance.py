@@ -186,7 +186,7 @@ def test_what_is_refused(tiny: Path, imatrix: Path, tmp_path: Path) -> None:
     alone.write_bytes(imatrix.read_bytes())
     other = write_tiny_llama(tmp_path / "other", hidden=128, intermediate=256)
     for settings, error, problem in (
-        ({"calibrate": short}, UsageError, r"short.txt has \d+ tokens"),
+        ({"calibrate": short}, UsageError, r"short.txt: \d+ tokens, and 512 are asked"),
         ({"calibrate": HELDOUT}, UsageError, "calibrate on another one"),
         ({"calibrate": tmp_path / "none"}, UsageError, "cannot be read"),
         ({"calibrate": binary}, CorruptFileError, "imatrix.dat"),
@@ -199,6 +199,27 @@ def test_what_is_refused(tiny: Path, imatrix: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="of another model"):
         mlxedge.convert(other, "mlx:4bit", tmp_path / "out", calibrate=imatrix)
     assert not (tmp_path / "out").exists()
+
+
+def test_hessians_of_another_run_are_refused(tiny: Path, imatrix: Path, tmp_path: Path) -> None:
+    other = tmp_path / "imatrix.gguf"
+    done = CliRunner().invoke(main, ["calibrate", str(tiny), "-o", str(other), "--tokens", "256"])
+    assert done.exit_code == 0, done.stderr
+    (tmp_path / "imatrix.gguf.hessians").symlink_to(f"{imatrix}.hessians")
+    with pytest.raises(UsageError, match="is of another run"):
+        mlxedge.convert(tiny, "mlx:4bit", tmp_path / "out", quality="best", calibrate=other)
+
+
+def test_what_is_copied_claims_no_imatrix(tiny: Path, tmp_path: Path) -> None:
+    from mlxedge.sources.gguf import read_gguf
+
+    mlxedge.convert(tiny, "gguf:q4_0", tmp_path / "a.gguf")
+    mlxedge.convert(tmp_path / "a.gguf", "gguf:q4_0", tmp_path / "b.gguf")
+    found = [
+        any(key.startswith("quantize.imatrix") for key in read_gguf(tmp_path / name).metadata)
+        for name in ("a.gguf", "b.gguf")
+    ]
+    assert found == [True, False]
 
 
 def test_a_recipe_that_needs_an_imatrix_gets_one(tiny: Path, tmp_path: Path) -> None:
