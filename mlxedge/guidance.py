@@ -275,6 +275,10 @@ def _is_imatrix(path: Path) -> bool:
     """GGUF by its first bytes, the older format because it is no text."""
     from mlxedge.sources.gguf import MAGIC
 
+    if path.is_dir():
+        raise UsageError(
+            f"{path} is a folder: give a text, or the imatrix file that Hessians stand beside"
+        )
     try:
         with path.open("rb") as file:
             head = file.read(1 << 12)

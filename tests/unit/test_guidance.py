@@ -188,6 +188,7 @@ def test_what_is_refused(tiny: Path, imatrix: Path, tmp_path: Path) -> None:
     for settings, error, problem in (
         ({"calibrate": short}, UsageError, r"short.txt: \d+ tokens, and 512 are asked"),
         ({"calibrate": HELDOUT}, UsageError, "calibrate on another one"),
+        ({"calibrate": tmp_path}, UsageError, "is a folder: give a text"),
         ({"calibrate": tmp_path / "none"}, UsageError, "cannot be read"),
         ({"calibrate": binary}, CorruptFileError, "imatrix.dat"),
         ({"calibrate": alone, "quality": "best"}, UsageError, "quality best needs Hessians"),
