@@ -157,8 +157,8 @@ def sample(
     # Rounded up, so that the first texts have the chunk that does not divide.
     each = -(-(wanted // chunk) // len(texts)) * chunk
     each = max(each, wanted) if len(texts) == 1 else each
-    cut, available, bos = [], 0, None
-    lacking = 0
+    cut: list[list[list[int]]] = []
+    available, lacking, bos = 0, 0, None
     # What the short ones lack comes from the first, which is the longest by far.
     for content in reversed(texts.values()):
         share = each + lacking if len(cut) == len(texts) - 1 else each
