@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlxedge.encodings import Encoding
-from mlxedge.errors import MlxedgeError, TokenizerError, UsageError
+from mlxedge.errors import CorruptFileError, MlxedgeError, TokenizerError, UsageError
 from mlxedge.gguf_values import Metadata
 from mlxedge.ops import Feedback, Quality, load_reference
 from mlxedge.outputs.gguf import imatrix_keys
@@ -293,7 +293,12 @@ def _by_imatrix(checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path:
     from mlxedge.calibration.store import check_hessians, hessian_folder
     from mlxedge.record import sha256_file
 
-    calibration = read_imatrix(path, spec)
+    try:
+        calibration = read_imatrix(path, spec)
+    except CorruptFileError as error:
+        raise CorruptFileError(
+            path, f"neither a text in UTF-8 nor a whole imatrix file: {error.problem}", error.offset
+        ) from error
     check_fits(path, calibration, {n: t.shape for n, t in checkpoint.tensors.items()})
     known = {
         name

@@ -112,17 +112,23 @@ def _show(found: Evaluation) -> None:
     if found.reference:
         headers += ["KL divergence", "median", "99 %", "most", "same top"]
     scores = ([found.reference] if found.reference else []) + list(found.models)
-    ui.table(headers, [_row(score, len(headers)) for score in scores])
+    names = [score.path.name if score.path.is_file() else score.name for score in scores]
+    # Outputs of one model have one name, wherever they are.
+    names = [
+        name if names.count(name) == 1 else str(score.path)
+        for name, score in zip(names, scores, strict=True)
+    ]
+    rows = [_row(name, score, len(headers)) for name, score in zip(names, scores, strict=True)]
+    ui.table(headers, rows)
     bos = ", each begun with BOS" if found.bos else ""
     ui.note(f"{found.scored} tokens scored in {found.chunks} chunks of {found.context}{bos}")
     if found.reference:
         ui.note(f"compared with {found.reference.path}")
 
 
-def _row(score: Score, columns: int) -> list[str]:
+def _row(name: str, score: Score, columns: int) -> list[str]:
     from mlxedge.cli import ui
 
-    name = score.path.name if score.path.is_file() else score.name
     row = [ui.printable(name), ui.size(score.nbytes), _estimate(score.perplexity, 4)]
     if (d := score.divergence) is None:
         return row + ["-"] * (columns - len(row))

@@ -297,6 +297,14 @@ def test_the_command(tiny: Path, home: Path, tmp_path: Path) -> None:
     assert alone.stdout.splitlines()[0].split() == ["model", "size", "perplexity"]
 
 
+def test_models_of_one_name_are_shown_with_their_paths(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(SENTENCES, encoding="utf-8")
+    copies = [shutil.copytree(tiny, tmp_path / name / "model") for name in ("one", "two")]
+    shown = run(*copies, "--text", text, "--context", 64, "--chunks", 1).stdout
+    assert all(str(copy) in shown for copy in copies)
+
+
 def test_a_text_that_is_none(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "bytes"
     file.write_bytes(b"caf\xe9")

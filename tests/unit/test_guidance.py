@@ -190,7 +190,7 @@ def test_what_is_refused(tiny: Path, imatrix: Path, tmp_path: Path) -> None:
         ({"calibrate": HELDOUT}, UsageError, "calibrate on another one"),
         ({"calibrate": tmp_path}, UsageError, "is a folder: give a text"),
         ({"calibrate": tmp_path / "none"}, UsageError, "cannot be read"),
-        ({"calibrate": binary}, CorruptFileError, "imatrix.dat"),
+        ({"calibrate": binary}, CorruptFileError, "imatrix.dat: neither a text in UTF-8 nor"),
         ({"calibrate": alone, "quality": "best"}, UsageError, "quality best needs Hessians"),
         ({"calibrate": False, "quality": "best"}, UsageError, "needs a calibration"),
         ({"quality": "good"}, UsageError, "unknown quality 'good'"),
