@@ -87,22 +87,24 @@ def float_model(home: Path) -> Path:
 
 
 class Inputs:
-    """What calibration found for each linear layer, by name."""
+    """What calibration found for each linear layer, by name: by default for "fast" and the peer, on
+    the texts for Hessians for "best"."""
 
     def __init__(self, source: Path, *, hessians: bool) -> None:
         self.importance: dict[str, np.ndarray] = {}
+        self.varied: dict[str, np.ndarray] = {}
         self.hessians: dict[str, np.ndarray] = {}
         with open_source(source) as opened:
             _, checkpoint = prepare(opened)
-            for found in collect(
-                checkpoint, sample(checkpoint, varied=hessians), hessians=hessians
-            ):
-                mean = (found.sums / found.count).astype(np.float32)
-                for name in found.names:
-                    if name.endswith("_proj.weight"):
-                        self.importance[name] = mean
-                        if found.hessian is not None:
-                            self.hessians[name] = found.hessian
+            for varied in (False, True) if hessians else (False,):
+                taken = sample(checkpoint, varied=varied)
+                for found in collect(checkpoint, taken, hessians=varied):
+                    mean = (found.sums / found.count).astype(np.float32)
+                    for name in found.names:
+                        if name.endswith("_proj.weight"):
+                            (self.varied if varied else self.importance)[name] = mean
+                            if found.hessian is not None:
+                                self.hessians[name] = found.hessian
 
 
 def padded(array: np.ndarray, block: int) -> np.ndarray:
@@ -149,6 +151,7 @@ def encoder(side: str, encoding: Encoding, inputs: Inputs) -> Callable[..., np.n
                     feedbacks.clear()
                     more = -cols % encoding.block
                     feedbacks[id(hessian)] = OPS.feedback(np.pad(hessian, (0, more)))
+                importance = padded(inputs.varied[name], encoding.block)
                 feedback = feedbacks[id(hessian)]
             parts = OPS.encode(wide, encoding, importance, quality=side, feedback=feedback)
             decoded = OPS.decode(parts, encoding)
