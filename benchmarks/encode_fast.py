@@ -2,29 +2,40 @@
 
     python benchmarks/encode_fast.py
     python benchmarks/encode_fast.py --only affine-4bit-g64 --dtype f32 --rounds 9 --json
+    python benchmarks/encode_fast.py --only q4_k affine-4bit-g64 --threads 2
 
-Ours searches with an importance for every column. The peers are in ``PEERS``: for MLX's affine
-groups ``mx.quantize`` on the CPU, which takes its scales from the range of the weights. Both run on
+Ours searches with an importance for every column. The peers are in ``PEERS``: for MLX's formats
+``mx.quantize`` on the CPU, which takes its scales from the range of the weights; for GGUF's
+``ggml_quantize_chunk`` with the same importance, on f32 weights as it takes no others. Both run on
 one thread, in turn, on the same weights; the figure is the best of the rounds, in million weights a
-second. The first call of ours, which compiles it unless numba's cache has it, is not counted.
-Needs mlxedge[mlx].
+second. ``--threads 2`` also runs ours on so many threads, as convert does, each on a part of the
+rows, and shows how many times one thread's speed that is. The first call of ours, which compiles it unless numba's cache has it, is not counted.
+Needs mlxedge[mlx,test].
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
 from common import host
 
-from mlxedge.encodings import Affine, Encoding
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from oracles import ggml
+
+from mlxedge.encodings import GGML, MLX_FLOAT, Affine, Encoding
 from mlxedge.encodings.mlx import AFFINE_BITS, AFFINE_GROUPS
 from mlxedge.ops import load_ops
 
@@ -34,25 +45,43 @@ DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 Side = Callable[[], object]
 
 
-def mx_quantize(weights: np.ndarray, importance: np.ndarray, encoding: Affine) -> Side:
+def mx_quantize(weights: np.ndarray, importance: np.ndarray, encoding: Encoding) -> Side:
     """Has no use for importance."""
     if weights.dtype == ml_dtypes.bfloat16:
         theirs = mx.array(weights.view(np.uint16)).view(mx.bfloat16)
     else:
         theirs = mx.array(weights)
     mx.eval(theirs)
+    if isinstance(encoding, Affine):
+        how: dict[str, Any] = {"group_size": encoding.group, "bits": encoding.bits}
+    else:
+        how = {"mode": encoding.name.removeprefix("mlx-")}
 
     def encode() -> None:
-        mx.eval(mx.quantize(theirs, encoding.group, encoding.bits, stream=mx.cpu))
+        mx.eval(mx.quantize(theirs, **how, stream=mx.cpu))
 
     return encode
 
 
+def ggml_quantize(weights: np.ndarray, importance: np.ndarray, encoding: Encoding) -> Side:
+    theirs = weights.astype(np.float32)
+    out = np.zeros((len(weights), encoding.nbytes((weights.shape[1],))), np.uint8)
+    return partial(ggml.quantize, encoding.name, theirs, out, importance)
+
+
 #: What is compared: the encoding for a dtype of weights, the peer and its maker.
 PEERS: list[tuple[Callable[[str], Encoding], str, Callable[..., Side]]] = [
-    (partial(Affine, bits, group), "mx.quantize", mx_quantize)
-    for group in AFFINE_GROUPS
-    for bits in AFFINE_BITS
+    *(
+        (partial(Affine, bits, group), "mx.quantize", mx_quantize)
+        for group in AFFINE_GROUPS
+        for bits in AFFINE_BITS
+    ),
+    *((lambda dtype, e=e: e, "mx.quantize", mx_quantize) for e in MLX_FLOAT.values()),
+    *(
+        (lambda dtype, e=e: e, "ggml with imatrix", ggml_quantize)
+        for e in GGML.values()
+        if e.writable
+    ),
 ]
 
 
@@ -63,13 +92,22 @@ def compare(
     peer: str,
     make_peer: Callable[..., Side],
     rounds: int,
+    pool: ThreadPoolExecutor | None,
+    threads: int,
 ) -> dict[str, str | float]:
     """Million weights a second of ours and of the peer, and ours in terms of the peer's."""
     ops = load_ops("numpy")
+
+    def ours(rows: np.ndarray) -> object:
+        return ops.encode(rows, encoding, importance, quality="fast")
+
     sides: dict[str, Side] = {
-        "ours": lambda: ops.encode(weights, encoding, importance, quality="fast"),
+        "ours": lambda: ours(weights),
         "theirs": make_peer(weights, importance, encoding),
     }
+    if pool is not None:
+        parts = np.array_split(weights, 8 * threads)
+        sides["threads"] = lambda: list(pool.map(ours, parts))
     best = dict.fromkeys(sides, float("inf"))
     for timed in (False, *[True] * rounds):
         for name, side in sides.items():
@@ -84,6 +122,7 @@ def compare(
         "ours": round(speed["ours"], 1),
         "theirs": round(speed["theirs"], 1),
         "ratio": round(speed["ours"] / speed["theirs"], 2),
+        **({"scaling": round(speed["threads"] / speed["ours"], 2)} if pool else {}),
     }
 
 
@@ -94,6 +133,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
     parser.add_argument("--only", nargs="+", metavar="ENCODING", help="such as affine-4bit-g64")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="also run ours on so many")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -110,15 +150,19 @@ def main() -> None:
         print(title)
         print(f"{'encoding':20} {'mlxedge':>9} {'peer':>9} {'ratio':>7}  peer")
     rows = []
+    pool = ThreadPoolExecutor(options.threads) if options.threads > 1 else None
     for encoding, peer, side in cases:
         if options.only and encoding.name not in options.only:
             continue
-        row = compare(weights, importance, encoding, peer, side, options.rounds)
+        row = compare(
+            weights, importance, encoding, peer, side, options.rounds, pool, options.threads
+        )
         rows.append(row)
         if not options.json:
+            scaling = f"  {options.threads} threads: {row['scaling']}x" if pool else ""
             print(
                 f"{row['encoding']:20} {row['ours']:9.0f} {row['theirs']:9.0f} "
-                f"{row['ratio']:6.2f}x  {row['peer']}",
+                f"{row['ratio']:6.2f}x  {row['peer']}{scaling}",
                 flush=True,
             )
     if options.json:

@@ -99,7 +99,7 @@ class Inputs:
             for varied in (False, True) if hessians else (False,):
                 taken = sample(checkpoint, varied=varied)
                 for found in collect(checkpoint, taken, hessians=varied):
-                    mean = (found.sums / found.count).astype(np.float32)
+                    mean = found.statistics().importance()[0]
                     for name in found.names:
                         if name.endswith("_proj.weight"):
                             (self.varied if varied else self.importance)[name] = mean

@@ -27,6 +27,7 @@ import numpy as np
 from mlxedge.errors import BadWeightsError, TokenizerError, UsageError
 from mlxedge.generate import load
 from mlxedge.layers import LayerRunner
+from mlxedge.ops import load_forward
 from mlxedge.prepare import check_weights, prepare
 from mlxedge.sources import open_source
 from mlxedge.sources.checkpoint import Checkpoint
@@ -160,7 +161,8 @@ def evaluate(
             else _whole(stack, checkpoint, fed[:, :-1], targets.shape[1], engine, threads, progress)
             for checkpoint in checkpoints
         ]
-        pool = stack.enter_context(ThreadPoolExecutor(threads or os.cpu_count()))
+        workers = threads or load_forward().available_threads()
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
         found = _run(checkpoints, streams, targets, against is not None, pool)
         if progress:
             progress(chunks, chunks, "")
@@ -198,7 +200,7 @@ def _shared_tokens(checkpoints: Sequence[Checkpoint], text: str) -> tuple[list[i
                 "figures of different vocabularies do not compare, evaluate them one by one"
             )
         tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.generation_config)
-        bos = tokenizer.bos_id if tokenizer.encode("")[:1] == [tokenizer.bos_id] else None
+        bos = tokenizer.leading_bos
         # As in llama-perplexity, the text of a control token is only text.
         tokens = tokenizer.encode(text, add_special=False, parse_special=False)
         if bos is not None:

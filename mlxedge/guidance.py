@@ -104,7 +104,7 @@ class FeedbackGuide(Guide):
             found = next(self._collected)
             if name not in found.names:
                 continue
-            importance = (found.sums.reshape(-1) / max(found.count, 1)).astype("float32")
+            importance = found.statistics().importance()[0]
             feedback = None
             if found.hessian is not None:
                 feedback = load_reference().feedback(found.hessian)

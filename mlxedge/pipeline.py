@@ -315,14 +315,14 @@ class _Run:
         weights = self._decode(parts, source.encoding) if quantized else parts["weight"]
         finite = self._is_finite(weights, source, start)
         plain = weights.astype(np.float32, copy=False)
-        power = _power(plain)
+        power, weighted_power = _power(plain), _weighted_power(plain, work.hint)
         for (index, goal), result in zip(work.goals, work.results, strict=True):
             began = time.perf_counter()
             order = self._row_order(goal, source, stop - start)
             error = 0.0
             kept = self._keep(parts, source, goal)
             made = kept or self._encode(weights, goal, work.hint, result.quality)
-            weighted = 0.0, 0.0
+            weighted = 0.0
             if kept is None:
                 error, weighted = self._error(made, goal, plain, work.hint)
                 if finite and result.quality != "reference":
@@ -340,8 +340,8 @@ class _Run:
             with self._guard:
                 result.squared_error += error
                 result.squared_weights += power
-                result.weighted_error += weighted[0]
-                result.weighted_weights += weighted[1]
+                result.weighted_error += weighted
+                result.weighted_weights += weighted_power if kept is None else 0.0
                 result.how = "encode" if kept is None else result.how
                 result.nonfinite |= not finite
                 self._seconds[index] += time.perf_counter() - began
@@ -400,23 +400,15 @@ class _Run:
 
     def _error(
         self, made: Parts, goal: PlannedTensor, weights: np.ndarray, hint: Hint
-    ) -> tuple[float, tuple[float, float]]:
-        """The squared error of f32 ``weights``; and that, and their squares, with each column
-        weighed by its importance."""
+    ) -> tuple[float, float]:
+        """The squared error of f32 ``weights``, and that with each column weighed by its
+        importance."""
         import numpy as np
 
         decoded = self._decode(made, goal.encoding)
         with np.errstate(invalid="ignore", over="ignore"):
             difference = decoded - weights  # for floats, decoded is what will be written
-            error = _power(difference)
-            if hint.importance is None:
-                return error, (0.0, 0.0)
-            importance = hint.importance.astype(np.float64)
-            sums = [
-                float(np.einsum("rc,rc->c", m, m, dtype=np.float64) @ importance)
-                for m in (difference, weights)
-            ]
-        return error, (sums[0], sums[1])
+            return _power(difference), _weighted_power(difference, hint)
 
     def _is_finite(self, weights: np.ndarray, source: SourceTensor, start: int) -> bool:
         at = self.reference.first_nonfinite(weights)
@@ -452,6 +444,17 @@ class _Run:
 def _reorder(data: np.ndarray, order: tuple[str, np.ndarray]) -> np.ndarray:
     axis, index = order
     return data[index] if axis == "rows" else data[:, index]
+
+
+def _weighted_power(weights: np.ndarray, hint: Hint) -> float:
+    """Σ w² of f32 ``[rows, cols]``, each column's multiplied by its importance; 0 without one."""
+    import numpy as np
+
+    if hint.importance is None:
+        return 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        columns = np.einsum("rc,rc->c", weights, weights, dtype=np.float64)
+        return float(columns @ hint.importance.astype(np.float64))
 
 
 def _ratio(sums: Iterable[tuple[float, float]]) -> float:

@@ -31,7 +31,7 @@ from mlxedge.calibration.store import (
 from mlxedge.calibration.texts import Sample, sample
 from mlxedge.errors import MlxedgeError, OutputError
 from mlxedge.layers import LayerRunner, ProgressHook
-from mlxedge.outputs.staging import check_target, os_errors, partial_dir
+from mlxedge.outputs.staging import check_target, lock_partial, os_errors, partial_dir
 from mlxedge.prepare import check_weights, prepare
 
 if TYPE_CHECKING:
@@ -180,17 +180,8 @@ class _Run:
         return [self.layer(layer) for layer in [*range(self.layers), None]]
 
     def __enter__(self) -> _Run:
-        from filelock import FileLock, Timeout
-
         with os_errors(self.out):
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.dir / "lock")
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                raise OutputError(
-                    f"{self.out} is being written by another run: wait for it, or change -o"
-                ) from error
+            self._lock = lock_partial(self.dir, self.out)
             try:
                 self._open()
             except BaseException:

@@ -194,8 +194,8 @@ def check_hessians(folder: Path, checkpoint: Checkpoint, calibration: Calibratio
         )
     for one in found:
         known = calibration.tensors.get(one.names[0])
-        mean = one.sums / one.count
-        if known is None or not np.allclose(known.importance()[0], mean, rtol=1e-3):
+        mean = one.statistics().importance()
+        if known is None or not np.allclose(known.importance(), mean, rtol=1e-3):
             raise UsageError(
                 f"{folder} is of another run than the file that it stands beside: calibrate again "
                 "with --hessians"

@@ -201,7 +201,7 @@ def random_sample(checkpoint: Checkpoint, varied: bool = False) -> Sample:
 
 def _encode(tokenizer: Tokenizer, text: str, wanted: int) -> tuple[list[int], int | None]:
     """At least the first ``wanted`` tokens of a text, if it has so many, and BOS if it leads."""
-    bos = tokenizer.bos_id if tokenizer.encode("")[:1] == [tokenizer.bos_id] else None
+    bos = tokenizer.leading_bos
     lead = [] if bos is None else [bos]
     for part in (text[: _CHARACTERS * wanted], text):
         ids = lead + tokenizer.encode(part, add_special=False, parse_special=False)

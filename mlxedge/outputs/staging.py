@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from mlxedge.errors import DiskFullError, OutputError, OutputExistsError
 
 if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
     from mlxedge.plan import OutputPlan
 
 _JOURNAL = "journal.jsonl"
@@ -91,12 +93,28 @@ def os_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def lock_partial(folder: Path, output: Path) -> BaseFileLock:
+    """Make ``folder``, the half-written state of ``output``, this run's own until it is released.
+
+    Raises OutputError if another run has it, OSError if it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"{output} is being written by another run: wait for it, or change -o"
+        ) from error
+    return lock
+
+
 class Staging:
     """The half-written state of one output."""
 
     def __init__(self, plan: OutputPlan, fingerprint: str) -> None:
-        from filelock import FileLock, Timeout
-
         self.plan = plan
         self.fingerprint = fingerprint
         self.dir = partial_dir(plan.path)
@@ -109,14 +127,7 @@ class Staging:
         self._guard = threading.Lock()
         self._pending: list[dict[str, Any]] = []
         with os_errors(plan.path):
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.dir / "lock")
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                raise OutputError(
-                    f"{plan.path} is being written by another run: wait for it, or change -o"
-                ) from error
+            self._lock = lock_partial(self.dir, plan.path)
             try:
                 self._open(fingerprint)
             except BaseException:

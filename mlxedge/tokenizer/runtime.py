@@ -90,6 +90,11 @@ class Tokenizer:
         first, _ = files.template_ends(self._document.get("post_processor"))
         return first is not None and self._ids.get(first) == self.bos_id
 
+    @functools.cached_property
+    def leading_bos(self) -> int | None:
+        """The id of BOS if it is put before a text, else ``None``."""
+        return self.bos_id if self.encode("")[:1] == [self.bos_id] else None
+
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The ids of a text.
 
