@@ -54,6 +54,7 @@ def convert(
     calibrate: str | Path | Literal[False] | None = None,
     overrides: Overrides = NONE,
     progress: ProgressHook | None = None,
+    calibrating: ProgressHook | None = None,
 ) -> Report:
     """Convert ``source`` to every target in ``to``.
 
@@ -66,7 +67,8 @@ def convert(
     ``quality`` is one of ``mlxedge.ops.Quality``. For "fast" and "best" the model is run on a
     short text; ``calibrate`` names another (UTF-8), an imatrix file or what ``mlxedge calibrate``
     wrote, and ``False`` leaves it out, which makes the quality "reference". ``overrides``
-    (``mlxedge.recipes.overrides``) are types for single tensors.
+    (``mlxedge.recipes.overrides``) are types for single tensors. ``progress`` is told of the
+    weights, ``calibrating`` of the model's run before or between them.
 
     Raises MlxedgeError and its kind; nothing is left at a final path unless it is complete.
     """
@@ -99,6 +101,7 @@ def convert(
             allow_nan=allow_nan,
             threads=threads,
             progress=progress,
+            calibrating=calibrating,
         )
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
 
-#: Called from one thread at a time with weights done, weights in all, and the tensor's name.
+#: Called from one thread at a time with weights done, weights in all, and the tensor's name; for a
+#: calibration with layers of sequences done, those in all, and the layer.
 ProgressHook = Callable[[int, int, str], None]
 
 _LARGEST_F16 = 65504.0
@@ -93,7 +94,8 @@ class OutputResult:
 @dataclass
 class Report:
     """What a conversion did. ``nonfinite`` names tensors with NaN or infinity that were allowed,
-    ``kept`` the outputs that an interrupted run had finished."""
+    ``kept`` the outputs that an interrupted run had finished; ``calibration_seconds`` of
+    ``seconds`` went by while the model ran and what it showed was made ready for encoders."""
 
     plan: Plan
     backend: str
@@ -102,6 +104,7 @@ class Report:
     seconds: float
     nonfinite: list[str] = field(default_factory=list)
     kept: list[Path] = field(default_factory=list)
+    calibration_seconds: float = 0.0
 
 
 @dataclass
@@ -124,6 +127,7 @@ def run_plan(
     allow_nan: bool = False,
     threads: int | None = None,
     progress: ProgressHook | None = None,
+    calibrating: ProgressHook | None = None,
 ) -> Report:
     """Write every output of ``plan`` from ``checkpoint``; see ``mlxedge.conversion.convert``."""
     from mlxedge.record import SourceHashes, write_record
@@ -140,7 +144,7 @@ def run_plan(
             stack.callback(stage.keep)
             stages.append(stage)
         hashes = stack.enter_context(SourceHashes(checkpoint.origin))
-        run = _Run(plan, checkpoint, ops, stages, allow_nan, workers, progress)
+        run = _Run(plan, checkpoint, ops, stages, allow_nan, workers, progress, calibrating)
         try:
             run.run()
         except (BadWeightsError, UnsupportedEncodingError, UsageError):
@@ -149,6 +153,7 @@ def run_plan(
             raise
         results = run.collect()
         report = Report(plan, ops.name, run.threads, results, 0.0, run.nonfinite())
+        report.calibration_seconds = run.calibration_seconds
         report.kept = [output.path for output in plan.outputs if output.finished]
         for stage in stages:
             check_written(stage)
@@ -171,6 +176,7 @@ class _Run:
         allow_nan: bool,
         threads: int,
         progress: ProgressHook | None,
+        calibrating: ProgressHook | None,
     ) -> None:
         self.plan = plan
         self.guide = Guide()
@@ -181,7 +187,8 @@ class _Run:
         self.allow_nan = allow_nan
         self.threads = threads if ops.parallel else 1
         self._processors = threads
-        self.progress = progress
+        self.progress, self.calibrating = progress, calibrating
+        self.calibration_seconds = 0.0
         self.total = sum(t.size for t in checkpoint.tensors.values())
         self._done_weights = 0
         self._seconds = [0.0] * len(stages)
@@ -192,7 +199,8 @@ class _Run:
         guidance = self.plan.guidance
         try:
             # The model runs on the fallback's threads, whatever encodes.
-            self.guide = guidance.guide(self.checkpoint, self._processors, self._calibrating)
+            with self._timed_calibration():
+                self.guide = guidance.guide(self.checkpoint, self._processors, self._calibrating)
         except BadWeightsError as error:
             self._explain(error)
         with contextlib.closing(self.guide):
@@ -273,7 +281,8 @@ class _Run:
 
     def _hint(self, name: str) -> Hint:
         try:
-            return self.guide.hint(name)
+            with self._timed_calibration():
+                return self.guide.hint(name)
         except BadWeightsError as error:
             self._explain(error)
             self.guide = Guide()
@@ -295,8 +304,17 @@ class _Run:
         ) from error
 
     def _calibrating(self, done: int, steps: int, what: str) -> None:
-        if self.progress is not None and what:
-            self._advance(0, f"calibrating, {what}")
+        if self.calibrating is not None:
+            with self._guard:
+                self.calibrating(done, steps, what)
+
+    @contextlib.contextmanager
+    def _timed_calibration(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.calibration_seconds += time.perf_counter() - began
 
     def _rows_per_chunk(self, source: SourceTensor, planned: list[PlannedTensor]) -> int:
         step = max(1, self.plan.chunk_weights // source.cols)

@@ -3,8 +3,8 @@
 A JSON file ``OUTPUT.mlxedge.json``. Schema 1: ``mlxedge`` (version), ``created`` (UTC), ``source``
 (kind, repository, revision, files with bytes and SHA-256), ``output`` (target, files with bytes and
 SHA-256, bits per weight, relative error, that of outputs), ``quality``, ``calibration``,
-``backend``, ``threads``, ``versions``, ``tensors`` (name, encoding, quality, relative errors, how
-it was made, reason).
+``backend``, ``threads``, ``seconds``, ``calibration_seconds`` (of those), ``versions``, ``tensors``
+(name, encoding, quality, relative errors, how it was made, reason).
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ def write_record(
         "backend": report.backend,
         "threads": report.threads,
         "seconds": round(report.seconds, 3),
+        "calibration_seconds": round(report.calibration_seconds, 3),
         "resumed_tensors": result.resumed,
         "nonfinite_tensors": report.nonfinite,
         "platform": platform.platform(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from mlxedge.targets import known_targets, parse_target
 
 if TYPE_CHECKING:
     from mlxedge.ops import Quality
-    from mlxedge.pipeline import ProgressHook, Report
+    from mlxedge.pipeline import Report
     from mlxedge.plan import OutputPlan, Plan
 
 _EPILOG = "Targets: " + " ".join(known_targets()) + "; MLX groups of 32 or 128: mlx:4bit-g32."
@@ -125,7 +124,7 @@ def command(
             if as_json:
                 ui.print_json({"plan": plan_json(plan, workers)})
             return
-        with _progress("converting") as progress:
+        with ui.progress_beside("converting", "weights", "calibrating") as (progress, calibrating):
             report = run_plan(
                 plan,
                 checkpoint,
@@ -134,6 +133,7 @@ def command(
                 allow_nan=allow_nan,
                 threads=threads,
                 progress=progress,
+                calibrating=calibrating,
             )
     if as_json:
         ui.print_json({"plan": plan_json(plan, workers), "result": report_json(report)})
@@ -178,6 +178,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "backend": report.backend,
         "threads": report.threads,
         "seconds": round(report.seconds, 3),
+        "calibration_seconds": round(report.calibration_seconds, 3),
         "nonfinite_tensors": report.nonfinite,
         "kept": [str(path) for path in report.kept],
         "outputs": [
@@ -249,16 +250,9 @@ def show_report(report: Report) -> None:
     ]
     ui.table(["written", "size", "bits/weight", "error", "of outputs", "seconds"], rows)
     resumed = sum(r.resumed for r in report.outputs)
-    tail = f", {resumed} tensors kept from an interrupted run" if resumed else ""
+    spent = report.calibration_seconds
+    tail = f", {spent:.1f} s of them for the calibration" if report.plan.guidance.calibrates else ""
+    tail += f", {resumed} tensors kept from an interrupted run" if resumed else ""
     for path in report.kept:
         click.echo(f"kept {path}, which the interrupted run had finished")
     click.echo(f"{report.seconds:.1f} s in all on {report.backend}, {report.threads} threads{tail}")
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[ProgressHook]:
-    from mlxedge.cli import ui
-
-    with ui.progress(what, unit="weights") as update:
-        advance: Callable[[int, int, str], None] = update
-        yield advance

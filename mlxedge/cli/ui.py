@@ -99,16 +99,28 @@ def progress(what: str, unit: str = "") -> Iterator[Update]:
 
     ``unit`` "bytes" shows the speed in bytes, anything else as a count of that, "" not at all.
     """
+    with progress_beside(what, unit, "") as (update, _):
+        yield update
+
+
+@contextlib.contextmanager
+def progress_beside(what: str, unit: str, beside: str) -> Iterator[tuple[Update, Update]]:
+    """A bar as :func:`progress` has it, and one for ``beside`` while that is under way: from its
+    first update until all of it is done."""
     if not sys.stderr.isatty():
-        yield lambda done, total, name: None
+        yield (lambda done, total, name: None), (lambda done, total, name: None)
         return
-    with _bars(unit) as bars:
-        task = bars.add_task(what, total=None, name="")
+    with _bars() as bars:
+        main = bars.add_task(what, total=None, name="", unit=unit)
+        other = bars.add_task(beside, total=None, name="", unit="", visible=False)
 
         def update(done: int, total: int, name: str) -> None:
-            bars.update(task, completed=done, total=total, name=name)
+            bars.update(main, completed=done, total=total, name=name)
 
-        yield update
+        def update_beside(done: int, total: int, name: str) -> None:
+            bars.update(other, completed=done, total=total, name=name, visible=done < total)
+
+        yield update, update_beside
 
 
 @contextlib.contextmanager
@@ -124,10 +136,12 @@ def file_progress() -> Iterator[FileUpdate]:
         if not shown:
             # Begun by a download and ended with it: a local source shows nothing, and what comes
             # after a download may draw a bar of its own.
-            shown.append(_bars("bytes"))
+            shown.append(_bars())
             shown[0].start()
         if file not in tasks:
-            tasks[file] = shown[0].add_task(file, total=total, completed=done, name="")
+            tasks[file] = shown[0].add_task(
+                file, total=total, completed=done, name="", unit="bytes"
+            )
         shown[0].update(tasks[file], completed=done, total=total, visible=done < total)
         if shown[0].finished:
             shown.pop().stop()
@@ -140,7 +154,8 @@ def file_progress() -> Iterator[FileUpdate]:
             bars.stop()
 
 
-def _bars(unit: str) -> Progress:
+def _bars() -> Progress:
+    """Of tasks with the fields ``name`` and ``unit``."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.table import Column
@@ -148,6 +163,7 @@ def _bars(unit: str) -> Progress:
 
     class Speed(ProgressColumn):
         def render(self, task: Task) -> Text:
+            unit: str = task.fields["unit"]
             speed = task.finished_speed or task.speed
             if not speed or not unit:
                 return Text("")

@@ -249,6 +249,9 @@ def test_nothing_steers_a_terminal() -> None:
 def test_progress_is_silent_off_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     with ui.progress("converting", unit="weights") as update:
         update(1, 2, "a")
+    with ui.progress_beside("converting", "weights", "calibrating") as updates:
+        for update in updates:
+            update(1, 2, "a")
     with ui.file_progress() as report:
         report("model.safetensors", 5, 10)
     assert capfd.readouterr() == ("", "")
@@ -267,6 +270,9 @@ def test_progress_on_a_terminal(color: bool) -> None:
         "with ui.progress('converting', unit='weights') as update:\n"
         "    for i in range(8):\n"
         "        update(i * 1000, 8000, f'layer {i}'); time.sleep(0.15)\n"
+        "with ui.progress_beside('quantizing', 'weights', 'calibrating') as (update, beside):\n"
+        "    time.sleep(0.3); update(0, 8000, ''); beside(1, 2, 'layer 9'); time.sleep(0.3)\n"
+        "    beside(2, 2, ''); time.sleep(0.3)\n"
         "with ui.file_progress() as report:\n"
         "    for i in range(5):\n"
         "        report('model.safetensors', i * 10**6, 8 * 10**6); time.sleep(0.15)\n"
@@ -296,4 +302,7 @@ def test_progress_on_a_terminal(color: bool) -> None:
     assert out == b""
     for part in ("converting", "weights/s", "left", "layer 3", "model.safetensors", "MB/s"):
         assert part in text
+    assert "calibrating" in text.partition("quantizing")[2]
+    assert "layer 9" in text
+    assert "calibrating" not in text.partition("quantizing")[0]
     assert ("\x1b[38;5" in text or "\x1b[3" in text) == color
