@@ -27,8 +27,9 @@ __all__ = [
     "available_threads",
 ]
 
-#: Called with a tap's name and what its buffer holds: f32 ``[n, width]``, to be read at once.
-Watch = Callable[[Any, np.ndarray], None]
+#: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
+#: which expert of how many that is for: 0 of 1, but for the taps of experts.
+Watch = Callable[[Any, np.ndarray, int, int], None]
 
 
 class Cache:
@@ -188,7 +189,8 @@ class Runner:
             for hosted in segment.hosted:
                 if isinstance(hosted, Tap):
                     if watch is not None:
-                        watch(hosted.name, arrays[hosted.buffer.number][:n, : hosted.buffer.width])
+                        x = arrays[hosted.buffer.number][:n, : hosted.buffer.width]
+                        watch(hosted.name, x, 0, 1)
                 else:
                     product, x = hosted
                     _host(product, x, arrays, tokens, n)

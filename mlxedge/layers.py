@@ -30,9 +30,10 @@ from mlxedge.ops import load_forward
 if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint
 
-#: Called with the names of the weights that share an input, and some rows of it: f32
-#: ``[n, width]``, which is overwritten as soon as the call returns.
-Watch = Callable[[tuple[str, ...], np.ndarray], None]
+#: Called with the names of the weights that share an input, some rows of it (f32 ``[n, width]``,
+#: overwritten as soon as the call returns), and which expert of how many sees them: 0 of 1 where
+#: there are none.
+Watch = Callable[[tuple[str, ...], np.ndarray, int, int], None]
 #: Called with steps done, steps in all (the layers of every sequence), and what runs now.
 ProgressHook = Callable[[int, int, str], None]
 

@@ -128,7 +128,7 @@ class _Seen:
         self._wanted = hessians if callable(hessians) else lambda names: bool(hessians)
         self._groups: dict[tuple[str, ...], _Sums] = {}
 
-    def __call__(self, names: tuple[str, ...], x: np.ndarray) -> None:
+    def __call__(self, names: tuple[str, ...], x: np.ndarray, expert: int, experts: int) -> None:
         if names not in self._groups:
             self._groups[names] = _Sums(x.shape[1], self._wanted(names))
         self._groups[names].add(x)

@@ -159,7 +159,8 @@ def test_taps_show_what_goes_into_each_matrix(checkpoint: Checkpoint) -> None:
     the head's: logits are its product with the table."""
     seen: dict[tuple[str, ...], list[np.ndarray]] = {}
 
-    def watch(names: tuple[str, ...], x: np.ndarray) -> None:
+    def watch(names: tuple[str, ...], x: np.ndarray, expert: int, experts: int) -> None:
+        assert (expert, experts) == (0, 1)
         seen.setdefault(names, []).append(x.copy())
 
     with LayerRunner(checkpoint, IDS, 2) as runner:
