@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -164,11 +164,17 @@ class Guidance:
             return f"quality {self.quality}" + (f": {self.note}" if self.note else "")
         return f"quality {self.quality}, calibrated on {self.described['what']}"
 
-    def guide(self, checkpoint: Checkpoint, threads: int, progress: ProgressHook | None) -> Guide:
+    def guide(
+        self,
+        checkpoint: Checkpoint,
+        threads: int,
+        progress: ProgressHook | None,
+        feedback_for: Set[str],
+    ) -> Guide:
         """Run the model if that is planned, and say what is known of each tensor.
 
-        For quality "best" the model is run on the way, as tensors are asked for. Raises what
-        ``mlxedge.calibration`` does.
+        For quality "best" the model is run on the way, as tensors are asked for; Hessians are
+        computed for the tensors ``feedback_for`` alone. Raises what ``mlxedge.calibration`` does.
         """
         from mlxedge.calibration.collect import calibrate, collect, input_groups
         from mlxedge.calibration.store import read_hessians
@@ -181,7 +187,11 @@ class Guidance:
             return Guide(self.quality)
         if self.quality == "best":
             found = collect(
-                checkpoint, self.sample, hessians=True, threads=threads, progress=progress
+                checkpoint,
+                self.sample,
+                hessians=lambda names: not feedback_for.isdisjoint(names),
+                threads=threads,
+                progress=progress,
             )
             return FeedbackGuide(input_groups(checkpoint), found)
         calibration = calibrate(checkpoint, self.sample, threads=threads, progress=progress)

@@ -196,15 +196,32 @@ class _Run:
 
     def run(self) -> None:
         """Calibrate if that is planned, and encode everything."""
-        guidance = self.plan.guidance
         try:
-            # The model runs on the fallback's threads, whatever encodes.
             with self._timed_calibration():
-                self.guide = guidance.guide(self.checkpoint, self._processors, self._calibrating)
+                self.guide = self.plan.guidance.guide(
+                    self.checkpoint,
+                    self._processors,  # of the model, which is the fallback's, whatever encodes
+                    self._calibrating,
+                    self._fed_back(),
+                )
         except BadWeightsError as error:
             self._explain(error)
         with contextlib.closing(self.guide):
             self._encode_all()
+
+    def _fed_back(self) -> set[str]:
+        """Source tensors for which error feedback has codes to choose: not those that an earlier
+        run finished."""
+        from mlxedge.grids import has_grid
+
+        return {
+            planned.source
+            for stage in self.stages
+            for planned in stage.plan.tensors
+            if planned.name not in stage.done
+            and planned.how == "encode"
+            and has_grid(planned.encoding)
+        }
 
     def _encode_all(self) -> None:
         running: set[Future[None]] = set()

@@ -12,11 +12,13 @@ from oracles.tiny import write_tiny_llama
 from safetensors.numpy import load_file, save_file
 
 import mlxedge
+from mlxedge.calibration import collect
 from mlxedge.calibration.run import calibrate_to_file
 from mlxedge.calibration.store import hessian_folder
 from mlxedge.errors import BadWeightsError, OutputExistsError, UsageError
 from mlxedge.guidance import Guidance, Guide
 from mlxedge.pipeline import Report
+from mlxedge.recipes.overrides import parse_overrides
 from mlxedge.sources import open_source
 
 
@@ -51,13 +53,49 @@ def test_the_model_runs_on_all_threads_whatever_encodes(
     given = []
     real = Guidance.guide
 
-    def spy(self: Guidance, checkpoint: Any, threads: int, progress: Any) -> Guide:
+    def spy(self: Guidance, checkpoint: Any, threads: int, *others: Any) -> Guide:
         given.append(threads)
-        return real(self, checkpoint, threads, progress)
+        return real(self, checkpoint, threads, *others)
 
     monkeypatch.setattr(Guidance, "guide", spy)
     report = mlxedge.convert(tiny, "mlx:8bit", tmp_path / "m", backend="mlx", threads=3)
     assert (report.threads, given) == (1, [3])
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_resumed_run_computes_no_hessian_that_nobody_asks_for(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    real = collect.collect_layer
+
+    def spy(*arguments: Any) -> list[collect.Collected]:
+        found = real(*arguments)
+        made.extend(one.names[0] for one in found if one.hessian is not None)
+        return found
+
+    monkeypatch.setattr(collect, "collect_layer", spy)
+
+    def stop(done: int, total: int, name: str) -> None:
+        if name == "model.layers.1.self_attn.o_proj.weight":
+            raise Stopped
+
+    # What stays plain needs none either.
+    kept = parse_overrides(["1.mlp.down_proj=bf16"])
+    to = {"quality": "best", "overrides": kept, "threads": 1}
+    mlxedge.convert(tiny, "mlx:4bit", tmp_path / "whole", **to)  # type: ignore[arg-type]
+    assert len(made) == 2 * 4 - 1
+    with pytest.raises(Stopped):
+        mlxedge.convert(tiny, "mlx:4bit", tmp_path / "m", progress=stop, **to)  # type: ignore[arg-type]
+    made.clear()
+    report = mlxedge.convert(tiny, "mlx:4bit", tmp_path / "m", **to)  # type: ignore[arg-type]
+    assert report.outputs[0].resumed
+    assert made == ["model.layers.1.mlp.gate_proj.weight"]
+    name = "model.safetensors"
+    assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_nan_that_is_allowed_ends_error_feedback_where_it_is(tmp_path: Path) -> None:
