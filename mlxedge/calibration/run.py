@@ -9,6 +9,7 @@ the end.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ from mlxedge.errors import MlxedgeError, OutputError
 from mlxedge.layers import LayerRunner, ProgressHook
 from mlxedge.outputs.staging import check_target, lock_partial, os_errors, partial_dir
 from mlxedge.prepare import check_weights, prepare
+from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint
@@ -151,18 +153,20 @@ class _Run:
         self.made = self.dir / f"made{out.suffix}"
         self.layers: int = checkpoint.config["num_hidden_layers"]
         self.done = 0
+        self._published = False
         self._layers_dir = self.dir / "layers"
         self._hessians = hessians
         self._states_bytes = 4 * taken.ids.size * int(checkpoint.config["hidden_size"])
         self.about = {
-            "model": model_fingerprint(checkpoint),
+            "model": model_fingerprint(checkpoint, taken.context),
             "text": taken.text,
             "text_sha256": taken.sha256,
             "tokens": str(taken.tokens),
             "context": str(taken.context),
         }
         ids = hashlib.sha256(taken.ids.tobytes()).hexdigest()
-        self._key = {**self.about, "ids": ids, "hessians": str(hessians)}
+        own = {"mlxedge": VERSION, "ids": ids, "hessians": str(hessians)}
+        self._key = self.about | own
         check_target(out, force)
         # A kill between the two last steps leaves Hessians of ours under their final name.
         half_published = self.complete and not self._layers_dir.exists()
@@ -190,11 +194,14 @@ class _Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        """What is done is kept, but for a failure that the next run would meet again."""
-        self._lock.release()
+        """What is done is kept, but for a failure that the next run would meet again. The lock is
+        released last: another run that has it may fill the folder."""
         again = isinstance(error, MlxedgeError) and not isinstance(error, OutputError)
-        if again or not self._kept():
+        if self._published or again or not self._kept():
             shutil.rmtree(self.dir, ignore_errors=True)
+        self._lock.release()
+        with contextlib.suppress(OSError):
+            self.dir.rmdir()  # where an open lock could not be removed
 
     def _same(self) -> bool:
         try:
@@ -263,7 +270,7 @@ class _Run:
                 if self._hessians:
                     self._layers_dir.rename(folder)
             self.made.replace(self.out)
-            shutil.rmtree(self.dir, ignore_errors=True)
+            self._published = True
 
     def _kept(self) -> bool:
         return any(self.dir.glob("states-*.bin")) or self.made.exists()

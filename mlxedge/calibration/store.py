@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from mlxedge.calibration.collect import Collected, input_groups
 from mlxedge.errors import CorruptFileError, SourceNotFoundError, UsageError
+from mlxedge.models.decoder import Shape, shape_of
 from mlxedge.ops import load_reference
 from mlxedge.sources.safetensors import SafetensorsFile
 
@@ -44,9 +46,13 @@ def layer_file(layer: int | None) -> str:
     return f"head{_SUFFIX}" if layer is None else f"layer-{layer:05d}{_SUFFIX}"
 
 
-def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of a prepared checkpoint's shapes, of all its vectors and of two rows of each matrix,
-    decoded: the same for files of any kind that hold the same weights, and read at once."""
+def model_fingerprint(checkpoint: Checkpoint, context: int) -> str:
+    """A hash of what decides the activations of a prepared checkpoint in chunks of ``context``
+    tokens: its shapes, all its vectors, two rows of each matrix, decoded, and its settings.
+
+    It is the same for files of any kind that hold the same weights, and read at once. Raises
+    UnsupportedModelError for a model that cannot be run.
+    """
     digest = hashlib.sha256()
     reference = load_reference()
     for name in sorted(checkpoint.tensors):
@@ -55,13 +61,43 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
         for row in sorted({0, tensor.rows // 2}):
             parts = tensor.read_rows(row, row + 1)
             digest.update(reference.decode(parts, tensor.encoding).astype("<f4").tobytes())
-    settings = {key: checkpoint.config.get(key) for key in _SETTINGS}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    settings = _settings(shape_of(checkpoint.config), context)
+    digest.update(json.dumps(settings, sort_keys=True, default=sorted).encode())
     return digest.hexdigest()
 
 
-#: What the config says that decides activations, beside the shapes.
-_SETTINGS = ("model_type", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+#: What the shapes of tensors tell, and what makes no difference below the context.
+_NOT_SETTINGS = ("hidden", "layers", "intermediate", "vocab", "context")
+#: Of the rotary settings those that a type has a use for, beside theta and fraction.
+_ROPE = {
+    "default": (),
+    "dynamic": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position"),
+    "yarn": (
+        "factor", "beta_fast", "beta_slow", "truncate", "attention_factor",
+        "original_max_position",
+    ),
+}  # fmt: skip
+
+
+def _settings(shape: Shape, context: int) -> dict[str, Any]:
+    """The settings of ``shape`` that bear on chunks of ``context`` tokens. Numbers have six digits,
+    since GGUF keeps them in f32; windows that no chunk fills are none, since it has none."""
+    rope = shape.rope
+    used = {name: getattr(rope, name) for name in ("theta", "fraction", *_ROPE[rope.type])}
+    scaling = {rope.type: used} if _ROPE[rope.type] else used
+    made = {key: value for key, value in asdict(shape).items() if key not in _NOT_SETTINGS}
+    made["windows"] = [w if w < context else 0 for w in shape.windows]
+    made["rope"] = scaling
+    rounded: dict[str, Any] = _rounded(made)
+    return rounded
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def write_layer(path: Path, found: list[Collected], metadata: Mapping[str, str]) -> None:
@@ -163,18 +199,16 @@ def read_hessians(folder: str | Path, checkpoint: Checkpoint) -> Generator[Colle
         raise SourceNotFoundError(
             f"{folder}: no such folder; make it with mlxedge calibrate --hessians"
         )
-    fingerprint = model_fingerprint(checkpoint)
+    fingerprint = ""
     expected = input_groups(checkpoint)
     for layer in [*range(checkpoint.config["num_hidden_layers"]), None]:
         path = folder / layer_file(layer)
         if not path.is_file():
             raise CorruptFileError(path, "this layer's Hessians are missing: calibrate again")
         found, metadata = read_layer(path)
+        fingerprint = fingerprint or model_fingerprint(checkpoint, _context(path, metadata))
         if metadata.get("model") != fingerprint:
-            raise UsageError(
-                f"{folder} holds Hessians of another model than {checkpoint.origin.path}: "
-                "calibrate this one"
-            )
+            raise _of_another_model(folder, checkpoint)
         for one in found:
             tensor = checkpoint.tensors.get(one.names[0])
             if not expected or one.names != expected.pop(0) or not _fits(one, tensor):
@@ -186,12 +220,10 @@ def read_hessians(folder: str | Path, checkpoint: Checkpoint) -> Generator[Colle
 def check_hessians(folder: Path, checkpoint: Checkpoint, calibration: Calibration) -> None:
     """Raise UsageError unless the Hessians in ``folder`` are of this prepared checkpoint and of the
     run that ``calibration`` tells of, and CorruptFileError for a damaged first layer."""
-    found, metadata = read_layer(folder / layer_file(0), hessians=False)
-    if metadata.get("model") != model_fingerprint(checkpoint):
-        raise UsageError(
-            f"{folder} holds Hessians of another model than {checkpoint.origin.path}: "
-            "calibrate this one"
-        )
+    path = folder / layer_file(0)
+    found, metadata = read_layer(path, hessians=False)
+    if metadata.get("model") != model_fingerprint(checkpoint, _context(path, metadata)):
+        raise _of_another_model(folder, checkpoint)
     for one in found:
         known = calibration.tensors.get(one.names[0])
         mean = one.statistics().importance()
@@ -200,6 +232,20 @@ def check_hessians(folder: Path, checkpoint: Checkpoint, calibration: Calibratio
                 f"{folder} is of another run than the file that it stands beside: calibrate again "
                 "with --hessians"
             )
+
+
+def _context(path: Path, metadata: Mapping[str, str]) -> int:
+    try:
+        return int(metadata["context"])
+    except (KeyError, ValueError):
+        raise CorruptFileError(path, "its metadata has no context") from None
+
+
+def _of_another_model(folder: Path, checkpoint: Checkpoint) -> UsageError:
+    return UsageError(
+        f"{folder} holds Hessians of another model than {checkpoint.origin.path}: calibrate this "
+        "one"
+    )
 
 
 def _fits(one: Collected, tensor: SourceTensor | None) -> bool:

@@ -25,7 +25,13 @@ from mlxedge.calibration.collect import as_calibration, calibrate, collect, inpu
 from mlxedge.calibration.imatrix import read_imatrix
 from mlxedge.calibration.run import CalibrationReport, calibrate_to_file
 from mlxedge.calibration.statistics import FEWEST_TOKENS, Calibration, Statistics
-from mlxedge.calibration.store import hessian_folder, layer_file, read_hessians, read_layer
+from mlxedge.calibration.store import (
+    hessian_folder,
+    layer_file,
+    model_fingerprint,
+    read_hessians,
+    read_layer,
+)
 from mlxedge.calibration.texts import default_texts, default_tokens, read_text, sample
 from mlxedge.errors import (
     BadWeightsError,
@@ -321,6 +327,62 @@ def test_hessians_serve_the_same_weights_in_another_file(model: Path, tmp_path: 
     assert len(list(read_hessians(hessian_folder(out), opened(copy)))) == 13
 
 
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_theta": 1e6, "rms_norm_eps": 3e-6},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.3}},
+    "llama3": {
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
+    },
+    "yarn": {
+        "model_type": "qwen3",
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.1, "original_max_position_embeddings": 512,
+        },
+    },
+    "window": {"model_type": "mistral", "sliding_window": 512},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_a_model_is_the_same_in_any_file(tmp_path: Path, rope: str) -> None:
+    source = write_tiny_llama(tmp_path / "source", head_dim=32, dtype="bf16", **ROPES[rope])
+    plain: dict[str, Any] = {"quality": "reference", "calibrate": False}
+    mlxedge.convert(source, ["gguf:f32", "mlx:bf16", "hf:bf16"], tmp_path / "out", **plain)
+    made = {model_fingerprint(opened(f), 256) for f in [source, *models_in(tmp_path / "out")]}
+    assert len(made) == 1
+
+
+def models_in(folder: Path) -> list[Path]:
+    found = [path for path in folder.iterdir() if path.suffix != ".json"]
+    assert len(found) == 3
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 10001.0},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"rms_norm_eps": 2e-5},
+        {"head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4},
+        {"model_type": "mistral", "sliding_window": 128},
+    ],
+    ids=str,
+)
+def test_settings_tell_models_apart(model: Path, change: dict[str, Any]) -> None:
+    checkpoint = opened(model)
+    other = replace(checkpoint, config=checkpoint.config | change)
+    assert model_fingerprint(other, 256) != model_fingerprint(checkpoint, 256)
+    # As far as the window is wide, attention is the same.
+    same = model_fingerprint(other, 96) == model_fingerprint(checkpoint, 96)
+    assert same == ("sliding_window" in change)
+
+
 def test_damaged_hessians(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "imatrix.gguf"
     run(model, out, hessians=True)
@@ -343,6 +405,10 @@ def test_damaged_hessians(model: Path, tmp_path: Path) -> None:
         list(read_hessians(folder, opened(model)))
     file.unlink()
     with pytest.raises(CorruptFileError, match="missing"):
+        list(read_hessians(folder, opened(model)))
+    file = folder / layer_file(0)
+    file.write_bytes(file.read_bytes().replace(b'"context"', b'"konkext"'))
+    with pytest.raises(CorruptFileError, match="no context"):
         list(read_hessians(folder, opened(model)))
 
 
@@ -405,6 +471,16 @@ def test_another_model_starts_clean(model: Path, tmp_path: Path) -> None:
         run(model, out, progress=stop_at(2))
     other = write_tiny_llama(tmp_path / "other", layers=3, tied=False, seed=1)
     assert run(other, out).resumed == 0
+
+
+def test_another_version_starts_clean(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        run(model, out, progress=stop_at(2))
+    monkeypatch.setattr(calibration_run, "VERSION", "0.0")
+    assert run(model, out).resumed == 0
 
 
 KILLED = """
@@ -520,6 +596,37 @@ def test_two_runs_of_one_output(model: Path, tmp_path: Path) -> None:
         go_on.set()
         first.join()
     assert out.exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_folder_goes_before_its_lock(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Or another run could begin in it meanwhile."""
+    left: list[list[str]] = []
+    real = calibration_run.lock_partial
+
+    def locked(folder: Path, output: Path) -> Any:
+        lock = real(folder, output)
+        release = lock.release
+
+        def spy(force: bool = False) -> None:
+            left.append([path.name for path in tmp_path.iterdir()])
+            release(force)
+
+        monkeypatch.setattr(lock, "release", spy)
+        return lock
+
+    def stop(done: int, total: int, name: str) -> None:
+        raise BadWeightsError(name)
+
+    monkeypatch.setattr(calibration_run, "lock_partial", locked)
+    if fails:
+        with pytest.raises(BadWeightsError):
+            run(model, tmp_path / "out.gguf", progress=stop)
+    else:
+        run(model, tmp_path / "out.gguf")
+    assert left == [[] if fails else ["out.gguf"]]
 
 
 def test_what_was_collected_may_be_asked_by_name(model: Path) -> None:
