@@ -145,7 +145,7 @@ def plan_conversion(
         if target.format != "hf" and (why := spec.objections(config, target.format)):
             raise UnsupportedModelError(f"{target.spec}: {'; '.join(why)}")
     check_weights(spec, checkpoint)
-    overrides.check_formats(t.format for t in targets)
+    overrides.check_targets(targets)
     if all(t.recipe in PLAIN for t in targets) and not overrides:
         guidance = Guidance(quality)
     else:
@@ -198,7 +198,7 @@ def plan_conversion(
         parallel=load_ops(backend).parallel,
     )
     for output in plan.outputs:
-        output.notes += _quantized_twice(output, checkpoint)
+        output.notes += [*overrides.unused(output.target), *_quantized_twice(output, checkpoint)]
     _find_finished(plan, backend or default_backend(), allow_nan)
     for output in plan.outputs:
         if not output.finished:

@@ -10,13 +10,16 @@ both.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mlxedge.encodings import GGML, MLX_FLOAT, PLAIN, Affine, Encoding
 from mlxedge.encodings.mlx import AFFINE_BITS, AFFINE_GROUPS
 from mlxedge.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlxedge.targets import Target
 
 Format = Literal["gguf", "mlx"]
 Role = Literal["output", "embedding"]
@@ -90,18 +93,40 @@ class Overrides:
             return embedding or self.named(name, form) or (output if tied else None)
         return (output if role == "output" else None) or self.named(name, form)
 
-    def check_formats(self, formats: Iterable[str]) -> None:
-        """Raise UsageError for a type that no target among ``formats`` has."""
-        known = set(formats)
+    @property
+    def _roles(self) -> list[tuple[str, Type]]:
+        """The options for head and embedding."""
+        both = (("--output-type", self.output), ("--embedding-type", self.embedding))
+        return [(option, kind) for option, kind in both if kind is not None]
+
+    def check_targets(self, targets: Sequence[Target]) -> None:
+        """Raise UsageError for a type that none of ``targets`` has, and for ``pure`` where none has
+        a mix."""
+        known = {target.format for target in targets}
         given = [(f"--tensor {rule}", rule.type) for rule in self.rules]
-        given += [("--output-type", self.output)] if self.output else []
-        given += [("--embedding-type", self.embedding)] if self.embedding else []
-        for option, kind in given:
+        for option, kind in [*given, *self._roles]:
             if known.isdisjoint(kind.formats):
                 raise UsageError(
                     f"{option}: {kind.text} is a type of {' and '.join(kind.formats)} targets, and "
                     "there is none"
                 )
+        if self.pure and not any(_has_mix(target) for target in targets):
+            raise UsageError(
+                "--pure: only quantized gguf targets mix types, and there is none: leave it out"
+            )
+
+    def unused(self, target: Target) -> list[str]:
+        """Notes on what is meant for all matrices, the head or the embedding, and changes nothing
+        in ``target``."""
+        notes = [
+            f"{option} {kind.text} changes nothing here: it is a type of "
+            f"{' and '.join(kind.formats)} targets"
+            for option, kind in self._roles
+            if target.format not in kind.formats
+        ]
+        if self.pure and not _has_mix(target):
+            notes.append("--pure changes nothing here: this target mixes no types")
+        return notes
 
     def unmatched(self, form: Format, names: Sequence[str]) -> list[str]:
         """Notes on rules that match none of ``names``, the matrices of an output of this format.
@@ -118,6 +143,10 @@ class Overrides:
                 raise UsageError(f"{what}; names are{example}" if example else what)
             notes.append(what)
         return notes
+
+
+def _has_mix(target: Target) -> bool:
+    return target.format == "gguf" and target.recipe not in PLAIN
 
 
 NONE = Overrides()

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 import mlxedge
+from mlxedge.conversion import plan_conversion
 from mlxedge.encodings import BF16, GGML, MLX_FLOAT, Affine
 from mlxedge.errors import UsageError
 from mlxedge.recipes.llama_cpp import Shape, choose
 from mlxedge.recipes.overrides import NONE, Overrides, parse_overrides, with_scales
 from mlxedge.sources import open_source
 from mlxedge.sources.gguf import read_gguf
+from mlxedge.targets import Target, parse_target
 
 DOWN, UP, VALUE = (f"model.layers.0.{part}_proj" for part in ("mlp.down", "mlp.up", "self_attn.v"))
 
@@ -111,14 +113,32 @@ def test_the_head_of_a_tied_model_hears_where_llama_quantize_does_not() -> None:
 
 def test_a_rule_that_is_for_no_target() -> None:
     made = parse_overrides(["down=q6_k"])
-    made.check_formats(["mlx", "gguf"])
+    made.check_targets(targets("mlx:4bit", "gguf:q4_0"))
     with pytest.raises(UsageError, match="q6_k is a type of gguf targets, and there is none"):
-        made.check_formats(["mlx"])
+        made.check_targets(targets("mlx:4bit"))
     with pytest.raises(UsageError, match="--output-type: 6bit is a type of mlx"):
-        parse_overrides(output="6bit").check_formats(["gguf", "hf"])
-    parse_overrides(["x=bf16"], embedding="f16").check_formats(["mlx"])
+        parse_overrides(output="6bit").check_targets(targets("gguf:q4_0", "hf:bf16"))
+    parse_overrides(["x=bf16"], embedding="f16").check_targets(targets("mlx:4bit"))
     with pytest.raises(UsageError, match="of gguf and mlx targets"):
-        parse_overrides(["x=bf16"]).check_formats(["hf"])
+        parse_overrides(["x=bf16"]).check_targets(targets("hf:bf16"))
+    for none in ("mlx:4bit", "hf:bf16", "gguf:f16"):
+        with pytest.raises(UsageError, match="--pure: only quantized gguf targets mix"):
+            parse_overrides(pure=True).check_targets(targets(none))
+
+
+def test_a_target_says_what_changes_nothing_in_it(tiny: Path, tmp_path: Path) -> None:
+    made = parse_overrides(output="q6_k", embedding="bf16", pure=True)
+    both = targets("gguf:q4_0", "mlx:4bit", "hf:bf16", "gguf:f16")
+    with open_source(tiny) as source:
+        plan, _ = plan_conversion(source, both, tmp_path, quality="reference", overrides=made)
+    pure = "--pure changes nothing here: this target mixes no types"
+    head = "--output-type q6_k changes nothing here: it is a type of gguf targets"
+    table = "--embedding-type bf16 changes nothing here: it is a type of gguf and mlx targets"
+    assert [o.notes for o in plan.outputs] == [[], [head, pure], [head, table, pure], [pure]]
+
+
+def targets(*specs: str) -> list[Target]:
+    return [parse_target(spec) for spec in specs]
 
 
 def test_a_rule_that_matches_nothing() -> None:
