@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from mlxedge.fallback import attention
 from mlxedge.fallback import frame as fr
+from mlxedge.fallback.experts import Choice, ExpertProduct
 from mlxedge.fallback.lanes import LANES
 from mlxedge.fallback.linear import Matrix
-from mlxedge.fallback.tape import Buffer, Product, Segment, Tap, Tape, aligned
+from mlxedge.fallback.tape import Arrays, Buffer, Product, Segment, Tape, Watch, aligned
 from mlxedge.fallback.team import Team, available_threads
 
 __all__ = [
     "Buffer",
     "Cache",
+    "Choice",
+    "ExpertProduct",
     "Matrix",
     "Product",
     "Runner",
@@ -26,10 +27,6 @@ __all__ = [
     "Watch",
     "available_threads",
 ]
-
-#: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
-#: which expert of how many that is for: 0 of 1, but for the taps of experts.
-Watch = Callable[[Any, np.ndarray, int, int], None]
 
 
 class Cache:
@@ -91,8 +88,10 @@ class Runner:
         self._lock = threading.Lock()
         # A tile reads whole rows of positions and of heads beyond the last.
         self._memory = {
-            b.number: aligned((rows + _PADDING, b.stored)) for b in tape.buffers if b != result
-        }
+            b.number: aligned((rows * b.slots + _PADDING, b.stored))
+            for b in tape.buffers
+            if b != result
+        } | {c.number: np.zeros(c.cells(rows), np.int64) for c in tape.choices}
 
     def run(self, tokens: np.ndarray, start: int, cache: Cache, results: int) -> np.ndarray:
         """One pass over ``tokens`` (int64 ``[n]``, 0 < n <= ``rows``) at positions ``start``….
@@ -139,7 +138,7 @@ class Runner:
         width = 0 if self._result is None else self._result.width
         return np.empty((count + _PADDING if count else 0, width), np.float32)
 
-    def _with(self, out: np.ndarray) -> dict[int, np.ndarray]:
+    def _with(self, out: np.ndarray) -> Arrays:
         return self._memory if self._result is None else self._memory | {self._result.number: out}
 
     def _frame(self, n: int, start: int, tokens: np.ndarray, cache: Cache | None) -> np.ndarray:
@@ -148,7 +147,7 @@ class Runner:
             cache.reserve(start + n)
             capacity, addresses = cache.capacity, cache.addresses.ctypes.data
         self._prepare(capacity)
-        frame = np.zeros(self._result_offset(len(self.tape.buffers)) // 8, np.int64)
+        frame = np.zeros(self._result_offset(self.tape.places) // 8, np.int64)
         for field, value in (
             (fr.N, n), (fr.START, start), (fr.TOKENS, tokens.ctypes.data),
             (fr.KV, addresses), (fr.CAPACITY, capacity),
@@ -163,7 +162,7 @@ class Runner:
     def _result_offset(number: int) -> int:
         return fr.BUFFERS + 8 * fr.BUFFER_FIELDS * number
 
-    def _place(self, frame: np.ndarray, arrays: dict[int, np.ndarray]) -> None:
+    def _place(self, frame: np.ndarray, arrays: Arrays) -> None:
         for number, array in arrays.items():
             at_field = self._result_offset(number) // 8
             frame[at_field : at_field + 2] = array.ctypes.data, array.strides[0]
@@ -178,7 +177,7 @@ class Runner:
             self._scratch = np.zeros(each * self.team.threads + 64, np.uint8)
 
     def _walk(
-        self, segments: list[Segment], frame: np.ndarray, arrays: dict[int, np.ndarray],
+        self, segments: list[Segment], frame: np.ndarray, arrays: Arrays,
         tokens: np.ndarray, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         n = int(frame[fr.N // 8])
@@ -187,31 +186,9 @@ class Runner:
             if len(segment.steps):
                 self.team.walk(segment.steps, frame, self.tape.length)
             for hosted in segment.hosted:
-                if isinstance(hosted, Tap):
-                    if watch is not None:
-                        x = arrays[hosted.buffer.number][:n, : hosted.buffer.width]
-                        watch(hosted.name, x, 0, 1)
-                else:
-                    product, x = hosted
-                    _host(product, x, arrays, tokens, n)
+                hosted.run(arrays, tokens, n, watch)
 
 
 _NO_TOKENS = np.zeros(0, np.int64)
-#: Rows that a tile may read or write beyond the last position.
+#: Rows that a tile may read beyond the last position.
 _PADDING = 4
-
-
-def _host(
-    product: Product, x: Buffer, arrays: dict[int, np.ndarray], tokens: np.ndarray, n: int
-) -> None:
-    """A product whose format has no kernel, in NumPy."""
-    matrix, out = product.matrix, arrays[product.out.number]
-    if x == product.out:
-        for i, token in enumerate(tokens):
-            out[i, : matrix.cols] = matrix.decode(token, token + 1)[0]
-        return
-    out[:n, : matrix.rows] = matrix.product(arrays[x.number][:n, : matrix.cols])
-    if product.bias is not None:
-        out[:n, : matrix.rows] += product.bias
-    if product.add_to is not None:
-        arrays[product.add_to.number][:n, : matrix.rows] += out[:n, : matrix.rows]

@@ -74,12 +74,25 @@ def _gate(step: int, frame: int, thread: int) -> None:
     gate, gate_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     up, up_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
     vectors = (get_i64(step + _THIRD) + LANES - 1) // LANES
-    n, threads = get_i64(frame + N), get_i64(frame + THREADS)
+    n, threads = get_i64(frame + N) * get_i64(step + _FOURTH), get_i64(frame + THREADS)
     for unit in range(thread * vectors * n // threads, (thread + 1) * vectors * n // threads):
         i, d = unit // vectors, unit % vectors * 64
         g = load_f32(gate + i * gate_row + d)
         v = g / (exp(g * -_ONE) + _ONE) * load_f32(up + i * up_row + d)
         store_f32(gate + i * gate_row + d, v)
+
+
+def _add(step: int, frame: int, thread: int) -> None:
+    """Add a buffer to another."""
+    buffer, onto = frame + get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
+    x, x_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    out, out_row = get_i64(onto + BUFFER), get_i64(onto + BUFFER_ROW)
+    vectors = (get_i64(step + _THIRD) + LANES - 1) // LANES
+    n, threads = get_i64(frame + N), get_i64(frame + THREADS)
+    for unit in range(thread * vectors * n // threads, (thread + 1) * vectors * n // threads):
+        i, d = unit // vectors, unit % vectors * 64
+        p = out + i * out_row + d
+        store_f32(p, load_f32(p) + load_f32(x + i * x_row + d))
 
 
 @inline
@@ -102,26 +115,29 @@ def _finish(part: int, frame: int, first: int, stop: int, n: int) -> None:
 
 
 @inline
-def _tiles(
+def multiply(
     matrix: int, first: int, stop: int, x: int, x_row: int, out: int, out_row: int, n: int, at: int
 ) -> None:
-    """out[i, first:stop] = x[i] · rows, through decoded rows in scratch memory ``at``."""
-    cols = get_i64(matrix + COLS)
+    """out[i, first:stop] = x[i] · rows, through decoded rows in scratch memory ``at``.
+
+    A tile may read the rows after the last of x, which must be there; nothing is written but what
+    was asked for: what is beyond belongs to nobody, or to another thread.
+    """
+    cols, rows = get_i64(matrix + COLS), stop - first
     row = 4 * cols
     call_6(get_i64(matrix + KERNEL), matrix, first, stop, 0, at, row)
-    whole = (stop - first) // TILE_ROWS * TILE_ROWS
-    edge = at + (stop - first + TILE_ROWS) * row
+    edge = at + (rows + TILE_ROWS) * row
     for i in range(0, n, TILE_COLS):
         xi, to = x + i * x_row, out + i * out_row + 4 * first
-        for r in range(0, whole, TILE_ROWS):
-            dot_tile(at + r * row, row, xi, x_row, cols, to + 4 * r, out_row)
-        if whole < stop - first:
-            # The rows beyond the last belong to nobody, or to another thread.
-            dot_tile(at + whole * row, row, xi, x_row, cols, edge, 4 * TILE_ROWS)
-            for c in range(TILE_COLS):
-                for r in range(stop - first - whole):
-                    value = get_f32(edge + 4 * (c * TILE_ROWS + r))
-                    put_f32(to + c * out_row + 4 * (whole + r), value)
+        for r in range(0, rows, TILE_ROWS):
+            if i + TILE_COLS <= n and r + TILE_ROWS <= rows:
+                dot_tile(at + r * row, row, xi, x_row, cols, to + 4 * r, out_row)
+            else:
+                dot_tile(at + r * row, row, xi, x_row, cols, edge, 4 * TILE_ROWS)
+                for c in range(min(TILE_COLS, n - i)):
+                    for k in range(min(TILE_ROWS, rows - r)):
+                        value = get_f32(edge + 4 * (c * TILE_ROWS + k))
+                        put_f32(to + c * out_row + 4 * (r + k), value)
 
 
 def _linear(step: int, frame: int, thread: int) -> None:
@@ -158,11 +174,11 @@ def _linear(step: int, frame: int, thread: int) -> None:
         if n == 1:
             call_6(get_i64(matrix + KERNEL), matrix, first, stop, x, out, 0)
         else:
-            _tiles(matrix, first, stop, x, x_row, out, out_row, n, weights)
+            multiply(matrix, first, stop, x, x_row, out, out_row, n, weights)
         _finish(part, frame, first, stop, n)
 
 
-_STEPS = {"embed": _embed, "norm": _norm, "gate": _gate, "linear": _linear}
+_STEPS = {"embed": _embed, "norm": _norm, "gate": _gate, "add": _add, "linear": _linear}
 
 
 @cache

@@ -6,20 +6,39 @@ pass and not once per operation. :mod:`mlxedge.fallback.forward` walks the tape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from mlxedge.errors import UsageError
 from mlxedge.fallback import attention
 from mlxedge.fallback import frame as fr
+from mlxedge.fallback.experts import (
+    MOST_PARTS,
+    SCORES,
+    Choice,
+    ExpertProduct,
+    ExpertTap,
+    HostedExperts,
+    expert_kernel,
+    route_scratch_bytes,
+)
 from mlxedge.fallback.forward_ops import PART_FIELDS, grain, scratch_bytes, step_kernel
 from mlxedge.fallback.lanes import LANES
 from mlxedge.fallback.linear import Matrix
 
 #: Matrices that fit the fields of one step, after the function's address and the five of a linear.
 _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
+
+#: How a router's logits become scores: see :meth:`Tape.route`.
+Score = Literal["softmax", "sigmoid", "softmax_top"]
+#: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
+#: which expert of how many that is for: 0 of 1, but for the taps of experts.
+Watch = Callable[[Any, np.ndarray, int, int], None]
+#: The memory of buffers and choices, by number.
+Arrays = dict[int, np.ndarray]
 
 
 def aligned(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
@@ -36,10 +55,12 @@ def _bits(value: float) -> int:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Activations of a tape: f32 ``[positions, width]``. ``offset`` is its place in a frame."""
+    """Activations of a tape: f32 ``[positions · slots, width]``, with one row for each position or
+    as many as experts serve it. ``offset`` is its place in a frame."""
 
     number: int
     width: int
+    slots: int = 1
 
     @property
     def offset(self) -> int:
@@ -58,6 +79,11 @@ class Tap:
     name: Any
     buffer: Buffer
 
+    def run(self, arrays: Arrays, tokens: np.ndarray, n: int, watch: Watch | None) -> None:
+        if watch is not None:
+            x = arrays[self.buffer.number][: n * self.buffer.slots, : self.buffer.width]
+            watch(self.name, x, 0, 1)
+
 
 @dataclass(frozen=True)
 class Product:
@@ -69,9 +95,40 @@ class Product:
     add_to: Buffer | None = None
 
 
-#: What Python does between compiled steps: a tap, or the product of a buffer with a matrix whose
-#: format has no kernel.
-Hosted = tuple[Product, Buffer] | Tap
+class Hosted(Protocol):
+    """What Python does between compiled steps: a tap, or what a format without a kernel needs."""
+
+    def run(self, arrays: Arrays, tokens: np.ndarray, n: int, watch: Watch | None) -> None:
+        """Work on ``n`` positions."""
+
+
+@dataclass(frozen=True)
+class HostedEmbed:
+    """Rows of a table whose format has no kernel."""
+
+    table: Matrix
+    out: Buffer
+
+    def run(self, arrays: Arrays, tokens: np.ndarray, n: int, watch: Watch | None) -> None:
+        for row, token in zip(arrays[self.out.number], tokens.tolist(), strict=False):
+            row[: self.table.cols] = self.table.decode(token, token + 1)[0]
+
+
+@dataclass(frozen=True)
+class HostedProduct:
+    """The product of a buffer with a matrix whose format has no kernel."""
+
+    product: Product
+    x: Buffer
+
+    def run(self, arrays: Arrays, tokens: np.ndarray, n: int, watch: Watch | None) -> None:
+        product, rows = self.product, self.product.matrix.rows
+        out = arrays[product.out.number][:n, :rows]
+        out[:] = product.matrix.product(arrays[self.x.number][:n, : product.matrix.cols])
+        if product.bias is not None:
+            out += product.bias
+        if product.add_to is not None:
+            arrays[product.add_to.number][:n, :rows] += out
 
 
 class Tape:
@@ -82,6 +139,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
+        self.choices: list[Choice] = []
         self.layers = 0
         self.head_dim = 0
         self._steps: list[list[int]] = []
@@ -94,10 +152,28 @@ class Tape:
     def length(self) -> int:
         return len(self._steps)
 
-    def buffer(self, width: int) -> Buffer:
-        made = Buffer(len(self.buffers), width)
+    @property
+    def places(self) -> int:
+        """Buffers and choices together, which are numbered below this."""
+        return len(self.buffers) + len(self.choices)
+
+    def buffer(self, width: int, choice: Choice | None = None) -> Buffer:
+        """A buffer with a row per position, or with one per slot of ``choice``."""
+        made = Buffer(self.places, width, 1 if choice is None else choice.top_k)
         self.buffers.append(made)
         return made
+
+    def choice(self, experts: int, top_k: int) -> Choice:
+        """Memory for the choice of ``top_k`` of ``experts``, which layers use in turn."""
+        if not 0 < top_k <= experts:
+            raise UsageError(f"{top_k} of {experts} experts cannot be chosen for a token")
+        made = Choice(self.places, experts, top_k)
+        self.choices.append(made)
+        return made
+
+    def _host(self, *hosted: Hosted) -> None:
+        if hosted:
+            self._hosted.setdefault(len(self._steps), []).extend(hosted)
 
     def _record(self, kernel: Any, *fields: int) -> None:
         self._steps.append([kernel.address, *fields])
@@ -115,7 +191,7 @@ class Tape:
         """out = the rows of the tokens."""
         self._kept.append(table)
         if not table.compiled:
-            self._hosted.setdefault(len(self._steps), []).append((Product(table, out), out))
+            self._host(HostedEmbed(table, out))
             return
         self._record(step_kernel("embed"), table.address, out.offset)
 
@@ -126,14 +202,12 @@ class Tape:
 
     def tap(self, name: Any, x: Buffer) -> None:
         """Let who walks the tape look at ``x`` as it is now."""
-        self._hosted.setdefault(len(self._steps), []).append(Tap(name, x))
+        self._host(Tap(name, x))
 
     def linear(self, x: Buffer, products: Sequence[Product]) -> None:
         """The products of ``x`` with several matrices."""
         self._kept.extend(p.matrix for p in products)
-        hosted = [(p, x) for p in products if not p.matrix.compiled]
-        if hosted:
-            self._hosted.setdefault(len(self._steps), []).extend(hosted)
+        self._host(*(HostedProduct(p, x) for p in products if not p.matrix.compiled))
         parts = [p for p in products if p.matrix.compiled]
         for first in range(0, len(parts), _MOST_PARTS):
             self._linear(x, parts[first : first + _MOST_PARTS])
@@ -147,8 +221,107 @@ class Tape:
         self._record(step_kernel("linear"), *fields)
 
     def gate(self, gate: Buffer, up: Buffer) -> None:
-        """gate = silu(gate) · up."""
-        self._record(step_kernel("gate"), gate.offset, up.offset, gate.width)
+        """gate = silu(gate) · up, for every position or slot."""
+        self._record(step_kernel("gate"), gate.offset, up.offset, gate.width, gate.slots)
+
+    def add(self, x: Buffer, to: Buffer) -> None:
+        """to += x."""
+        self._record(step_kernel("add"), x.offset, to.offset, x.width)
+
+    def route(
+        self,
+        logits: Buffer,
+        choice: Choice,
+        *,
+        score: Score = "softmax",
+        normalise: bool = False,
+        scale: float = 1.0,
+        bias: np.ndarray | None = None,
+        groups: int = 1,
+        top_groups: int = 1,
+        group_best: int = 2,
+    ) -> None:
+        """Choose experts by the router's ``logits`` ``[positions, experts]``.
+
+        Scores are the softmax over all experts, the sigmoid of each, or ("softmax_top", as Mixtral
+        and gpt-oss) the logits, whose softmax over the chosen ones alone becomes their weights. The
+        ``top_k`` with the highest score + ``bias`` (f32 ``[experts]``) are chosen; the bias does
+        nothing else, and of equal ones the lower index goes first. ``normalise`` divides the chosen
+        scores by their sum + 1e-20, then ``scale`` multiplies them.
+
+        With ``groups`` > 1, of equal numbers of neighbouring experts, the choice is among those of
+        ``top_groups`` only: the best by the sum of their ``group_best`` highest score + bias: two
+        (DeepSeek-V3, arXiv 2412.19437, as in its ``modeling_deepseek.py``) or one (DeepSeek-V2).
+
+        Raises UsageError if the logits, the bias or the groups do not fit the choice.
+        """
+        experts, top_k = choice.experts, choice.top_k
+        if logits.width != experts:
+            raise UsageError(f"a router with {logits.width} outputs cannot choose of {experts}")
+        if groups < 1 or experts % groups or not 0 < top_groups <= groups:
+            raise UsageError(f"{experts} experts have no best {top_groups} of {groups} groups")
+        if experts // groups * top_groups < top_k:
+            raise UsageError(
+                f"{top_groups} of {groups} groups of {experts} experts do not have {top_k}"
+            )
+        if group_best not in (1, 2) or (group_best == 2 and groups == experts > 1):
+            raise UsageError(
+                f"groups of {experts // groups} cannot be compared by their best {group_best}"
+            )
+        if bias is not None and bias.size != experts:
+            raise UsageError(f"a bias of {bias.size} for {experts} experts")
+        self._scratch = max(self._scratch, route_scratch_bytes(experts))
+        fields = [SCORES[score], int(normalise), _bits(scale), self._vector(bias)]
+        fields += [groups, top_groups, group_best]
+        self._expert_step("route", logits, choice, *fields)
+
+    def gather(self, x: Buffer, choice: Choice, out: Buffer) -> None:
+        """out = the row of ``x`` of each slot's position."""
+        self._expert_step("gather", x, choice, out.offset)
+
+    def expert_linear(self, x: Buffer, choice: Choice, products: Sequence[ExpertProduct]) -> None:
+        """The products of each slot of ``x`` with its expert's matrices.
+
+        Raises UsageError for a matrix or a bias that is not one of ``choice.experts`` experts.
+        """
+        for p in products:
+            if p.matrix.rows != choice.experts * p.out.width or p.matrix.cols != x.width:
+                raise UsageError(
+                    f"a stack of [{p.matrix.rows}, {p.matrix.cols}] is not {choice.experts} "
+                    f"matrices of [{p.out.width}, {x.width}]"
+                )
+            if p.bias is not None and p.bias.size != p.matrix.rows:
+                raise UsageError(
+                    f"a bias of {list(p.bias.shape)} is not {choice.experts} of [{p.out.width}]"
+                )
+        self._kept.extend(p.matrix for p in products)
+        self._host(*(HostedExperts(p, x, choice) for p in products if not p.matrix.compiled))
+        parts = [p for p in products if p.matrix.compiled]
+        self._scratch = max(self._scratch, scratch_bytes(x.stored))
+        for first in range(0, len(parts), MOST_PARTS):
+            group = parts[first : first + MOST_PARTS]
+            fields = [grain(x.stored), len(group)]
+            for p in group:
+                bias = None if p.bias is None else p.bias.reshape(-1)
+                fields += [p.matrix.address, p.out.width, p.out.offset, self._vector(bias)]
+            self._expert_step("products", x, choice, *fields)
+
+    def combine(self, x: Buffer, choice: Choice, add_to: Buffer) -> None:
+        """add_to += Σ weight · x over the slots of each position, the first choice first."""
+        self._expert_step("combine", x, choice, add_to.offset)
+
+    def expert_tap(self, name: Any, x: Buffer, choice: Choice) -> None:
+        """Let who walks the tape look at the rows of ``x`` of each expert that has some, in the
+        order of experts."""
+        self._host(ExpertTap(name, x, choice))
+
+    def _expert_step(self, kernel: str, x: Buffer, choice: Choice, *fields: int) -> None:
+        shared = choice.offset, len(self._steps), choice.experts, choice.top_k
+        self._record(expert_kernel(kernel), x.offset, *shared, *fields)
+
+    def scale_by_sigmoid(self, x: Buffer, s: Buffer) -> None:
+        """x = x · sigmoid(s), with the one column of ``s``."""
+        self._record(expert_kernel("scale"), x.offset, s.offset)
 
     def attention(
         self,
