@@ -22,6 +22,7 @@ from mlxedge.errors import BadWeightsError, UnsupportedEncodingError, UsageError
 from mlxedge.guidance import Guide, Hint
 from mlxedge.models.layout import heads_of, rope_row_order_to_gguf
 from mlxedge.ops import Ops, Parts, Quality, load_ops, load_reference
+from mlxedge.outputs.gguf import without_imatrix
 from mlxedge.outputs.staging import Staging
 from mlxedge.plan import OutputPlan, Plan, PlannedTensor
 
@@ -307,9 +308,13 @@ class _Run:
 
     def _explain(self, error: BadWeightsError) -> None:
         """After a calibration that met what is not finite: raise BadWeightsError for the first
-        weight that is not, or let the plain rules do for what is left where the user allowed that.
+        weight that is not, or let the plain rules do for what is left where the user allowed that
+        and no header tells of a calibration.
         """
         if self.allow_nan:
+            for stage in self.stages:
+                if advice := without_imatrix(stage.plan):
+                    raise BadWeightsError(f"{error}; {advice}") from error
             return
         for source in self.checkpoint.tensors.values():
             step = self._rows_per_chunk(source, [])

@@ -26,7 +26,7 @@ from mlxedge.recipes.overrides import NONE, Overrides
 from mlxedge.targets import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Iterable
 
     from mlxedge.sources.checkpoint import Checkpoint
 
@@ -114,8 +114,7 @@ def plan_gguf(
     metadata["general.quantization_version"] = gv.u32(_QUANTIZATION_VERSION)
     if checkpoint.tokenizer is not None:
         metadata |= to_gguf(checkpoint.tokenizer, config, pre=pre)
-    # Of q8_0 and floats it makes no difference, and what is copied has its own history.
-    if about_imatrix and any(e.bits_per_weight < 8 for e in encodings_made(planned)):
+    if about_imatrix and _gains_by_imatrix(planned):
         metadata |= about_imatrix
     header = header_bytes(metadata, infos)
     shifted = [
@@ -150,6 +149,25 @@ def imatrix_keys(*, file: str, dataset: str, entries: int, chunks: int) -> gv.Me
         if number:
             metadata[f"quantize.imatrix.{name}"] = gv.u32(number)
     return metadata
+
+
+def _gains_by_imatrix(tensors: Iterable[PlannedTensor]) -> bool:
+    """Of q8_0 and floats it makes no difference, and what is copied has its own history."""
+    return any(encoding.bits_per_weight < 8 for encoding in encodings_made(tensors))
+
+
+def without_imatrix(plan: OutputPlan) -> str | None:
+    """What to do instead where a GGUF file was planned with an importance that cannot be had, or
+    ``None`` where it makes no difference."""
+    if plan.target.format != "gguf" or not _gains_by_imatrix(plan.tensors):
+        return None
+    recipe = plan.target.recipe
+    if any(llama_cpp.needs_importance(recipe, t.name, t.encoding) for t in plan.tensors):
+        return (
+            f"{plan.target.spec} needs a calibration: get a good copy, give an imatrix file "
+            "(--calibrate), or choose a recipe of more bits"
+        )
+    return f"{plan.target.spec} takes an imatrix file (--calibrate) then, or --no-calibrate"
 
 
 def _shape(spec: ModelSpec, config: dict[str, Any]) -> llama_cpp.Shape:

@@ -108,6 +108,30 @@ def test_nan_that_is_allowed_ends_error_feedback_where_it_is(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("quality", ["fast", "best"])
+@pytest.mark.parametrize(
+    ("target", "advice"),
+    [
+        ("gguf:iq2_xs", "gguf:iq2_xs needs a calibration: get a good copy, give an imatrix"),
+        ("gguf:q4_k_m", r"gguf:q4_k_m takes an imatrix file \(--calibrate\) then, or --no-cal"),
+    ],
+)
+def test_nan_that_is_allowed_leaves_no_false_claim(
+    tmp_path: Path, target: str, advice: str, quality: Any
+) -> None:
+    source = changed(tmp_path / "model", "1.mlp.up_proj", spoil)
+    out = tmp_path / "m.gguf"
+    with pytest.raises(BadWeightsError, match=f"activations of layer 1 are not fin.*; {advice}"):
+        mlxedge.convert(source, target, out, quality=quality, allow_nan=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with open_source(write_tiny_llama(tmp_path / "good")) as checkpoint:
+        calibrate_to_file(checkpoint, tmp_path / "imatrix.gguf", tokens=64)
+    report = mlxedge.convert(
+        source, target, out, calibrate=tmp_path / "imatrix.gguf", allow_nan=True
+    )
+    assert report.nonfinite == ["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("quality", ["fast", "best"])
 def test_a_model_that_overflows_can_still_be_converted(tmp_path: Path, quality: Any) -> None:
     source = changed(tmp_path / "model", "up_proj", enlarge)
     out = tmp_path / "m"
