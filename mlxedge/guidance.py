@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,6 +134,8 @@ class Guidance:
     calibration: Calibration | None = None
     sample: Sample | None = None
     hessians: Path | None = None
+    #: Whether MLX matrices are encoded by a rule that has no use for it.
+    unused_by_mlx: bool = False
 
     @property
     def calibrates(self) -> bool:
@@ -141,9 +143,10 @@ class Guidance:
 
     def needed_for(self, encodings: Iterable[Encoding]) -> Guidance:
         """This, or one without a calibration if none of ``encodings`` gains by it."""
-        if not self.calibrates or any(e.bits_per_weight < MOST_BITS_CALIBRATED for e in encodings):
-            return self
-        return Guidance("fast" if self.quality == "best" else self.quality)
+        gaining = {e.family for e in encodings if e.bits_per_weight < MOST_BITS_CALIBRATED}
+        if self.calibrates and not gaining:
+            return Guidance("fast" if self.quality == "best" else self.quality)
+        return replace(self, unused_by_mlx=self.quality == "reference" and "mlx" in gaining)
 
     @property
     def about_imatrix(self) -> Metadata:
@@ -162,7 +165,9 @@ class Guidance:
         """For the reader of a plan."""
         if self.described is None:
             return f"quality {self.quality}" + (f": {self.note}" if self.note else "")
-        return f"quality {self.quality}, calibrated on {self.described['what']}"
+        unused = "; MLX's rule takes no notice of that, so there it only serves to measure"
+        made = f"quality {self.quality}, calibrated on {self.described['what']}"
+        return made + (unused if self.unused_by_mlx else "")
 
     def guide(
         self,

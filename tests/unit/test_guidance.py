@@ -263,6 +263,11 @@ def test_the_command(tiny: Path, imatrix: Path, tmp_path: Path) -> None:
     assert "quality fast, calibrated on imatrix.gguf" in done.stdout
     assert re.search(r"s in all on numpy, \d+ threads, [\d.]+ s of them for the cal", done.stdout)
     assert json.loads((out / "config.json").read_text())["quantization"]["bits"] == 4
+    plain = ["-o", out, "--calibrate", imatrix, "--quality", "reference", "--dry-run", "--force"]
+    for target, said in (("mlx:4bit", True), ("gguf:q4_k_m", False)):
+        told = run("--to", target, *plain)
+        assert "quality reference, calibrated on imatrix.gguf" in told.stdout
+        assert ("MLX's rule takes no notice of that" in told.stdout) == said
     both = run("--to", "mlx:4bit", "-o", out, "--calibrate", imatrix, "--no-calibrate")
     assert both.exit_code == 2
     assert "give one of them" in both.stderr
