@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +27,13 @@ from mlxedge.recipes.overrides import NONE, Overrides
 from mlxedge.targets import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container, Iterable, Mapping
 
     from mlxedge.sources.checkpoint import Checkpoint
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+#: How much larger a file is worth a note.
+_GROWN = 1.1
 _IMATRIX_TEXT = 127  # bytes, as long as llama-quantize writes them
 
 
@@ -131,7 +134,7 @@ def plan_gguf(
         tuple((len(header) + at, chunk) for at, chunk in constants),
     )
     plan = OutputPlan(target, path, target.recipe.upper(), shifted, [data], {})
-    plan.notes += [*notes, *window_notes(spec, config, "llama.cpp")]
+    plan.notes += [*notes, *_larger(plan, choices), *window_notes(spec, config, "llama.cpp")]
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: llama.cpp can load but not tokenize")
     return plan
@@ -149,6 +152,29 @@ def imatrix_keys(*, file: str, dataset: str, entries: int, chunks: int) -> gv.Me
         if number:
             metadata[f"quantize.imatrix.{name}"] = gv.u32(number)
     return metadata
+
+
+def _larger(plan: OutputPlan, choices: Mapping[str, llama_cpp.Choice]) -> list[str]:
+    """A note where a file grows much since rows do not divide into the blocks of the recipe's
+    types: people choose a type by its size."""
+    bits, weights = 0.0, 0
+    columns: set[int] = set()
+    for tensor in plan.tensors:
+        size = math.prod(tensor.shape)
+        if wanted := choices[tensor.name].instead_of:
+            bits += size * (tensor.encoding.bits_per_weight - wanted.bits_per_weight)
+            weights += size
+            columns.add(tensor.shape[-1])
+    made = plan.bits_per_weight
+    usual = made - bits / plan.weights
+    if made < _GROWN * usual:
+        return []
+    rows = " and ".join(map(str, sorted(columns)))
+    return [
+        f"{weights / plan.weights:.0%} of the weights get a larger type, since rows of {rows} do "
+        f"not divide into the blocks of the usual one: {made:.2f} bits per weight instead of "
+        f"{usual:.2f}"
+    ]
 
 
 def _gains_by_imatrix(tensors: Iterable[PlannedTensor]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxedge.encodings import F16, F32, GGML, PLAIN, Encoding
 from mlxedge.errors import UsageError
@@ -50,10 +50,12 @@ _NEVER_BLIND = ("iq1_s", "iq2_xxs", "iq2_xs")
 
 @dataclass(frozen=True)
 class Choice:
-    """The encoding of one tensor; ``reason`` says why it is not the recipe's main type."""
+    """The encoding of one tensor; ``reason`` says why it is not the recipe's main type, and
+    ``instead_of`` which type its rows did not divide into blocks of."""
 
     encoding: Encoding
     reason: str | None = None
+    instead_of: Encoding | None = None
 
 
 _CATEGORIES = (
@@ -128,6 +130,8 @@ class _Mixer:
             return Choice(PLAIN[self.base])
         if self.overrides.pure:
             return _fit(GGML[self.base], dims[-1], None)
+        if category == "output" or (category == "token_embd" and self.tied):
+            return self._head(dims[-1])
         kind, reason = self._mix(name, category, dims)
         return _fit(kind, dims[-1], reason)
 
@@ -137,12 +141,14 @@ class _Mixer:
             return rule  # a large table of its own, which may be named on its own
         return self.overrides.find(name, "gguf", _ROLES.get(category), self.tied)
 
+    def _head(self, cols: int) -> Choice:
+        kind, why = head_type(self.recipe, self.base, cols)
+        what = "tied embedding and output" if self.tied else "output"
+        made = _fit(GGML[kind], cols, None if kind == self.base else f"{what}: {why}")
+        usual = GGML[head_type(self.recipe, self.base, 0)[0]]
+        return made if usual == made.encoding else replace(made, instead_of=usual)
+
     def _mix(self, name: str, category: str, dims: tuple[int, ...]) -> tuple[Encoding, str | None]:
-        cols = dims[-1]
-        if category == "output" or (category == "token_embd" and self.tied):
-            what = "tied embedding and output" if self.tied else "output"
-            kind, why = head_type(self.recipe, self.base, cols)
-            return GGML[kind], None if kind == self.base else f"{what}: {why}"
         ordinal = self.counts.get(category, 0)
         self.counts[category] = ordinal + 1
         place = Place(
@@ -176,8 +182,8 @@ def _fit(encoding: Encoding, cols: int, reason: str | None) -> Choice:
     why = f"rows of {cols} do not divide into blocks of {encoding.block}"
     smaller = GGML[SHAPE_FALLBACK.get(encoding.name, encoding.name)]
     if cols % smaller.block:
-        return Choice(F16, f"rows of {cols} divide into no block size")
-    return Choice(smaller, f"{why} ({encoding.name})")
+        return Choice(F16, f"rows of {cols} divide into no block size", encoding)
+    return Choice(smaller, f"{why} ({encoding.name})", encoding)
 
 
 def needs_importance(recipe: str, name: str, encoding: Encoding) -> bool:

@@ -6,7 +6,9 @@ import functools
 from pathlib import Path
 
 import pytest
+from oracles.tiny import write_tiny_llama
 
+from mlxedge.conversion import plan_conversion
 from mlxedge.encodings import F16, F32, GGML
 from mlxedge.errors import UsageError
 from mlxedge.outputs.gguf import plan_gguf
@@ -152,3 +154,25 @@ def test_what_an_imatrix_must_cover(tiny: Path, tmp_path: Path) -> None:
             plan(known=set(checkpoint.tensors))
         whole = plan(imatrix=True, known=set(checkpoint.tensors) - {head})
         assert whole.tensors == plan(imatrix=True).tensors
+
+
+@pytest.mark.parametrize(
+    ("target", "hidden", "notes"),
+    [
+        (
+            "gguf:iq2_xs",
+            192,
+            ["100% of the weights get a larger type, since rows of 192 and 384 do not divide into "
+             "the blocks of the usual one: 5.05 bits per weight instead of 2.78"],
+        ),
+        ("gguf:iq2_xs", 256, []),
+        ("gguf:q4_0", 192, []),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_grows_says_so(
+    tmp_path: Path, target: str, hidden: int, notes: list[str]
+) -> None:
+    model = write_tiny_llama(tmp_path / "m", hidden=hidden, intermediate=2 * hidden)
+    with open_source(model) as source:
+        plan, _ = plan_conversion(source, [parse_target(target)], tmp_path / "m.gguf")
+    assert plan.outputs[0].notes == notes
