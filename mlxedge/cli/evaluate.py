@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 def _show(found: Evaluation) -> None:
     from mlxedge.cli import ui
 
-    headers = ["model", "size", "perplexity"]
+    headers = ["model", "weights", "perplexity"]
     if found.reference:
         headers += ["KL divergence", "median", "99 %", "most", "same top"]
     scores = ([found.reference] if found.reference else []) + list(found.models)

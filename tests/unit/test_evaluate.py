@@ -288,13 +288,13 @@ def test_the_command(tiny: Path, home: Path, tmp_path: Path) -> None:
     shown = run(quantized, *options)
     assert shown.exit_code == 0, shown.stderr
     heading, reference, line = shown.stdout.splitlines()
-    assert heading.split()[:3] == ["model", "size", "perplexity"]
+    assert heading.split()[:3] == ["model", "weights", "perplexity"]
     assert reference.startswith("tiny-llama ")
     assert line.startswith("tiny-llama-Q8_0.gguf")
     assert f"{model['divergence']['mean']['value']:.6f} ±" in line
     assert "93 tokens scored in 3 chunks of 64\n" in shown.stderr
     alone = run(quantized, "--text", text, "--context", 64)
-    assert alone.stdout.splitlines()[0].split() == ["model", "size", "perplexity"]
+    assert alone.stdout.splitlines()[0].split() == ["model", "weights", "perplexity"]
 
 
 def test_models_of_one_name_are_shown_with_their_paths(tiny: Path, tmp_path: Path) -> None:
