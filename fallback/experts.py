@@ -18,6 +18,7 @@ from numba import types
 from mlxedge.fallback.forward_ops import multiply
 from mlxedge.fallback.frame import (
     BUFFER,
+    BUFFER_FIELDS,
     BUFFER_ROW,
     BUFFERS,
     COUNTERS,
@@ -71,7 +72,7 @@ class Choice:
 
     @property
     def offset(self) -> int:
-        return BUFFERS + 16 * self.number
+        return BUFFERS + 8 * BUFFER_FIELDS * self.number
 
     def cells(self, rows: int) -> int:
         """The int64 cells that passes of up to ``rows`` positions need."""
