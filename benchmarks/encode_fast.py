@@ -9,8 +9,8 @@ Ours searches with an importance for every column. The peers are in ``PEERS``: f
 ``ggml_quantize_chunk`` with the same importance, on f32 weights as it takes no others. Both run on
 one thread, in turn, on the same weights; the figure is the best of the rounds, in million weights a
 second. ``--threads 2`` also runs ours on so many threads, as convert does, each on a part of the
-rows, and shows how many times one thread's speed that is. The first call of ours, which compiles it unless numba's cache has it, is not counted.
-Needs mlxedge[mlx,test].
+rows, and shows how many times one thread's speed that is. The first call of ours, which compiles it
+unless numba's cache has it, is not counted. Needs mlxedge[mlx,test].
 """
 
 from __future__ import annotations

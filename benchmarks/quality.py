@@ -99,12 +99,12 @@ class Inputs:
             for varied in (False, True) if hessians else (False,):
                 taken = sample(checkpoint, varied=varied)
                 for found in collect(checkpoint, taken, hessians=varied):
-                    mean = found.statistics().importance()[0]
+                    mean = found.statistics.importance()[0]
                     for name in found.names:
                         if name.endswith("_proj.weight"):
                             (self.varied if varied else self.importance)[name] = mean
-                            if found.hessian is not None:
-                                self.hessians[name] = found.hessian
+                            if found.hessians is not None:
+                                self.hessians[name] = found.hessians[0]
 
 
 def padded(array: np.ndarray, block: int) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,17 +30,42 @@ ProgressHook = Callable[[int, int, str], None]
 #: With fewer bits a search that knows nothing of the inputs may do harm: the least squares of
 #: weights are not those of what a layer computes, and outliers get clipped that matter most.
 LEAST_BITS_UNCALIBRATED = 4.0
+#: Experts whose error feedback is kept ready.
+_EXPERTS_READY = 4
 #: From here on, inputs make no difference that a model could show.
 MOST_BITS_CALIBRATED = 8.0
 
 
 @dataclass(frozen=True)
-class Hint:
-    """For one matrix: ``importance`` f32 ``[cols]``, the mean square of each input, and what error
-    feedback needs."""
+class Known:
+    """Of the inputs of one matrix: ``importance`` f32 ``[cols]``, their mean squares, and what
+    error feedback needs."""
 
     importance: np.ndarray | None = None
     feedback: Feedback | None = None
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What is known of a tensor: ``importance`` f32 ``[cols]``, or ``[experts, cols]`` of a stack
+    of experts, and ``feedback`` by expert, 0 where there are none."""
+
+    importance: np.ndarray | None = None
+    feedback: Callable[[int], Feedback] | None = None
+
+    @property
+    def experts(self) -> int:
+        """How many matrices it tells apart."""
+        if self.importance is None or self.importance.ndim == 1:
+            return 1
+        return len(self.importance)
+
+    def of(self, expert: int, quality: Quality) -> Known:
+        """For one matrix of the tensor, that is to be encoded in ``quality``."""
+        feedback = self.feedback(expert) if self.feedback and quality == "best" else None
+        if self.importance is None or self.importance.ndim == 1:
+            return Known(self.importance, feedback)
+        return Known(self.importance[expert], feedback)
 
 
 class Guide:
@@ -104,15 +131,32 @@ class FeedbackGuide(Guide):
             found = next(self._collected)
             if name not in found.names:
                 continue
-            importance = found.statistics().importance()[0]
-            feedback = None
-            if found.hessian is not None:
-                feedback = load_reference().feedback(found.hessian)
+            importance = found.statistics.importance()
+            if len(importance) == 1:
+                importance = importance[0]
+            feedback = None if found.hessians is None else _feedback(found.hessians)
             self._current = dict.fromkeys(found.names, Hint(importance, feedback))
         return self._current[name]
 
     def close(self) -> None:
         self._collected.close()
+
+
+def _feedback(hessians: np.ndarray) -> Callable[[int], Feedback]:
+    """Made ready when it is asked for. Of many experts only the last few are kept: ready, each
+    takes several times the memory of its Hessian."""
+    guard = threading.Lock()
+    prepare = functools.lru_cache(_EXPERTS_READY)(
+        lambda expert: load_reference().feedback(hessians[expert])
+    )
+
+    def of(expert: int) -> Feedback:
+        with guard:
+            return prepare(expert)
+
+    if len(hessians) == 1:
+        of(0)
+    return of
 
 
 @dataclass(frozen=True)
@@ -256,7 +300,7 @@ def _by_sample(checkpoint: Checkpoint, quality: Quality, taken: Sample) -> Guida
     groups = input_groups(checkpoint)
     layers: dict[str, int] = {}
     for names in groups:
-        layer = names[0].rpartition(".layers.")[2].partition(".")[0]
+        layer = _layer_of(names)
         tensors = [checkpoint.tensors[name] for name in names]
         layers[layer] = layers.get(layer, 0) + sum(t.nbytes for t in tensors)
     states = 8 * taken.tokens * int(checkpoint.config["hidden_size"])
@@ -281,9 +325,20 @@ def _square_bytes(checkpoint: Checkpoint) -> int:
     """Of the Hessians of a layer, and of what is made of the widest for error feedback."""
     from mlxedge.calibration.collect import input_groups
 
-    widths = [checkpoint.tensors[names[0]].cols for names in input_groups(checkpoint)]
-    groups = max(1, len(widths) // max(1, int(checkpoint.config["num_hidden_layers"])))
-    return 4 * groups * max(widths) ** 2 + 20 * max(widths) ** 2
+    layers: dict[str, int] = {}
+    widest = 0
+    for names in input_groups(checkpoint):
+        first = checkpoint.tensors[names[0]]
+        experts = first.shape[0] if len(first.shape) > 2 else 1
+        layer = _layer_of(names)
+        layers[layer] = layers.get(layer, 0) + 4 * experts * first.cols**2
+        widest = max(widest, 20 * min(experts, _EXPERTS_READY) * first.cols**2)
+    return max(layers.values()) + widest
+
+
+def _layer_of(names: tuple[str, ...]) -> str:
+    """The number of the layer that matrices are in, empty for the head."""
+    return names[0].rpartition(".layers.")[2].partition(".")[0]
 
 
 def _is_imatrix(path: Path) -> bool:
@@ -312,7 +367,9 @@ def _by_imatrix(checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path:
         calibration = read_imatrix(path, spec)
     except CorruptFileError as error:
         raise CorruptFileError(
-            path, f"neither a text in UTF-8 nor a whole imatrix file: {error.problem}", error.offset
+            path,
+            f"neither a text (UTF-8 without NUL) nor a whole imatrix file: {error.problem}",
+            error.offset,
         ) from error
     check_fits(path, calibration, {n: t.shape for n, t in checkpoint.tensors.items()})
     known = {

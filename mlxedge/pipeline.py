@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.encodings import Encoding
 from mlxedge.errors import BadWeightsError, UnsupportedEncodingError, UsageError
-from mlxedge.guidance import Guide, Hint
+from mlxedge.guidance import Guide, Hint, Known
 from mlxedge.models.layout import heads_of, rope_row_order_to_gguf
 from mlxedge.ops import Ops, Parts, Quality, load_ops, load_reference
 from mlxedge.outputs.gguf import without_imatrix
@@ -286,16 +286,18 @@ class _Run:
             if name not in goals:
                 self._advance(source.size, name)
                 continue
-            step = self._rows_per_chunk(source, [p for _, p in goals[name]])
-            starts = range(0, source.rows, step)
             encoded = [p for _, p in goals[name] if p.how == "encode"]
             hint = self._hint(name) if encoded else Hint()
             results = [TensorResult(p.name, p.encoding.name, how=p.how) for _, p in goals[name]]
             for (_, planned), result in zip(goals[name], results, strict=True):
                 result.quality = self.guide.quality(planned.encoding, hint)
-            work = _Work(source, goals[name], len(starts), results, hint)
-            for start in starts:
-                yield work, start, min(start + step, source.rows)
+            # Where experts are told apart, no chunk is of two.
+            whole = source.rows // hint.experts
+            step = min(self._rows_per_chunk(source, [p for _, p in goals[name]]), whole)
+            work = _Work(source, goals[name], hint.experts * -(-whole // step), results, hint)
+            for first in range(0, source.rows, whole):
+                for start in range(first, first + whole, step):
+                    yield work, start, min(start + step, first + whole)
 
     def _hint(self, name: str) -> Hint:
         try:
@@ -355,16 +357,19 @@ class _Run:
         weights = self._decode(parts, source.encoding) if quantized else parts["weight"]
         finite = self._is_finite(weights, source, start)
         plain = weights.astype(np.float32, copy=False)
-        power, weighted_power = _power(plain), _weighted_power(plain, work.hint)
+        expert = start * work.hint.experts // source.rows
+        importance = work.hint.of(expert, "fast").importance
+        power, weighted_power = _power(plain), _weighted_power(plain, importance)
         for (index, goal), result in zip(work.goals, work.results, strict=True):
             began = time.perf_counter()
             order = self._row_order(goal, source, stop - start)
             error = 0.0
             kept = self._keep(parts, source, goal)
-            made = kept or self._encode(weights, goal, work.hint, result.quality)
+            known = work.hint.of(expert, result.quality)
+            made = kept or self._encode(weights, goal, known, result.quality)
             weighted = 0.0
             if kept is None:
-                error, weighted = self._error(made, goal, plain, work.hint)
+                error, weighted = self._error(made, goal, plain, importance)
                 if finite and result.quality != "reference":
                     error = self._in_range(plain, goal, error)
                 if finite and not math.isfinite(error):
@@ -423,14 +428,14 @@ class _Run:
         return None
 
     def _encode(
-        self, weights: np.ndarray, goal: PlannedTensor, hint: Hint, quality: Quality
+        self, weights: np.ndarray, goal: PlannedTensor, known: Known, quality: Quality
     ) -> Parts:
         """By the backend, or by the fallback where that has no encoder: the bytes are the same."""
-        known: dict[str, Any] = {"quality": quality, "feedback": hint.feedback}
+        how: dict[str, Any] = {"quality": quality, "feedback": known.feedback}
         try:
-            return self.ops.encode(weights, goal.encoding, hint.importance, **known)
+            return self.ops.encode(weights, goal.encoding, known.importance, **how)
         except UnsupportedEncodingError:
-            return self.reference.encode(weights, goal.encoding, hint.importance, **known)
+            return self.reference.encode(weights, goal.encoding, known.importance, **how)
 
     def _decode(self, parts: Parts, encoding: Encoding) -> np.ndarray:
         try:
@@ -439,7 +444,11 @@ class _Run:
             return self.reference.decode(parts, encoding)
 
     def _error(
-        self, made: Parts, goal: PlannedTensor, weights: np.ndarray, hint: Hint
+        self,
+        made: Parts,
+        goal: PlannedTensor,
+        weights: np.ndarray,
+        importance: np.ndarray | None = None,
     ) -> tuple[float, float]:
         """The squared error of f32 ``weights``, and that with each column weighed by its
         importance."""
@@ -448,7 +457,7 @@ class _Run:
         decoded = self._decode(made, goal.encoding)
         with np.errstate(invalid="ignore", over="ignore"):
             difference = decoded - weights  # for floats, decoded is what will be written
-            return _power(difference), _weighted_power(difference, hint)
+            return _power(difference), _weighted_power(difference, importance)
 
     def _is_finite(self, weights: np.ndarray, source: SourceTensor, start: int) -> bool:
         at = self.reference.first_nonfinite(weights)
@@ -465,8 +474,8 @@ class _Run:
         search takes the largest scale there is, where the runtime's rule overflows."""
         if max(-weights.min(initial=0.0), weights.max(initial=0.0)) < _LARGEST_F16:
             return error
-        made = self._encode(weights, goal, Hint(), "reference")
-        plain = self._error(made, goal, weights, Hint())[0]
+        made = self._encode(weights, goal, Known(), "reference")
+        plain = self._error(made, goal, weights)[0]
         return error if math.isfinite(plain) else plain
 
     def _row_order(self, goal: PlannedTensor, source: SourceTensor, rows: int) -> Any:
@@ -486,15 +495,15 @@ def _reorder(data: np.ndarray, order: tuple[str, np.ndarray]) -> np.ndarray:
     return data[index] if axis == "rows" else data[:, index]
 
 
-def _weighted_power(weights: np.ndarray, hint: Hint) -> float:
+def _weighted_power(weights: np.ndarray, importance: np.ndarray | None) -> float:
     """Σ w² of f32 ``[rows, cols]``, each column's multiplied by its importance; 0 without one."""
     import numpy as np
 
-    if hint.importance is None:
+    if importance is None:
         return 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         columns = np.einsum("rc,rc->c", weights, weights, dtype=np.float64)
-        return float(columns @ hint.importance.astype(np.float64))
+        return float(columns @ importance.astype(np.float64))
 
 
 def _ratio(sums: Iterable[tuple[float, float]]) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +40,8 @@ class Place:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of one output. ``source`` is the canonical name that it is made from."""
+    """One tensor of one output. ``source`` is the canonical name that it is made from; ``pieces``
+    name the slices of its first axis where each is a tensor of its own in the file."""
 
     source: str
     name: str
@@ -49,11 +50,26 @@ class PlannedTensor:
     how: How
     rows: RowOrder = "same"
     reason: str | None = None
+    pieces: tuple[str, ...] = ()
     places: dict[str, Place] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         return self.encoding.nbytes(self.shape)
+
+    def stored(self, part: str) -> Iterator[tuple[str, Place]]:
+        """What the file holds of a part: under which names, and where."""
+        place = self.places[part]
+        names, whole = self.pieces or (self.name,), place.part
+        size, shape = whole.nbytes // len(names), whole.shape[1:] if self.pieces else whole.shape
+        for i, name in enumerate(names):
+            piece = replace(whole, shape=shape)
+            yield part_name(name, part), Place(place.file, place.offset + i * size, piece)
+
+
+def part_name(tensor: str, part: str) -> str:
+    """The stored name of a part: ``X.weight`` keeps its name, its scales become ``X.scales``."""
+    return tensor if part == "weight" else tensor.removesuffix("weight") + part
 
 
 @dataclass(frozen=True)

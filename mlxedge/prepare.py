@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlxedge.encodings import PLAIN
-from mlxedge.errors import UnsupportedEncodingError, UnsupportedModelError
+from mlxedge.errors import CorruptFileError, UnsupportedEncodingError, UnsupportedModelError
 from mlxedge.models import ModelSpec, normalise, spec_for
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
     from mlxedge.sources.checkpoint import Tensors
 
     spec = spec_for(checkpoint.config)
-    config = normalise(checkpoint.config, checkpoint.tensors)
-    kept = {name: t for name, t in checkpoint.tensors.items() if not spec.is_ignored(name)}
+    config = spec.settle(normalise(checkpoint.config, checkpoint.tensors))
+    kept = _canonical(spec, checkpoint)
     head, table = kept.get("lm_head.weight"), kept.get("model.embed_tokens.weight")
     if config["tie_word_embeddings"] and head is not None:
         # As in transformers 5, a head that differs is the model's own, whatever the config says.
@@ -41,6 +41,31 @@ def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
                 "quantized weights that it knows; this checkpoint needs another source"
             )
     return spec, replace(checkpoint, config=config, tensors=Tensors(kept))
+
+
+def _canonical(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, SourceTensor]:
+    """The tensors by their canonical names, experts that are apart in the files stacked."""
+    from mlxedge.sources.checkpoint import stacked
+
+    found: dict[str, SourceTensor] = {}
+    experts: dict[str, dict[int, SourceTensor]] = {}
+    for stored, tensor in checkpoint.tensors.items():
+        if spec.is_ignored(stored):
+            continue
+        name, expert = spec.canonical(stored)
+        if expert is None:
+            found[name] = tensor if name == stored else replace(tensor, name=name)
+        else:
+            experts.setdefault(name, {})[expert] = tensor
+    for name, apart in experts.items():
+        tensors = [apart[number] for number in sorted(apart)]
+        missing = sorted(set(range(max(apart) + 1)) - set(apart))
+        kinds = {(t.shape, t.encoding) for t in tensors}
+        if missing or len(kinds) > 1 or name in found:
+            problem = f"has no expert {missing[0]}" if missing else "has experts that differ"
+            raise CorruptFileError(checkpoint.origin.path, f"{name} {problem}")
+        found[name] = stacked(name, tensors)
+    return found
 
 
 def check_weights(spec: ModelSpec, checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from mlxedge.calibration.statistics import Calibration, Statistics
 from mlxedge.calibration.texts import Sample
 from mlxedge.errors import BadWeightsError
 from mlxedge.layers import LayerRunner, ProgressHook
-from mlxedge.models.decoder import head_name, layer_groups
+from mlxedge.models.decoder import head_name, layer_groups, shape_of
 
 if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint
@@ -31,23 +31,20 @@ _STRIPE = 2048
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """Of the input x of the matrices ``names``, over ``count`` tokens: ``sums`` f32 ``[cols]`` is
-    Σ x², ``hessian`` f32 ``[cols, cols]``, symmetric, the mean of x·xᵀ, or ``None``."""
+    """Of the input x of the matrices ``names``: ``statistics``, and ``hessians`` f32
+    ``[experts, cols, cols]``, symmetric, the mean of x·xᵀ over the tokens that reached an expert
+    (over all of them where fewer than ``FEWEST_TOKENS`` did), or ``None``."""
 
     names: tuple[str, ...]
-    sums: np.ndarray
-    count: int
-    hessian: np.ndarray | None = None
-
-    def statistics(self) -> Statistics:
-        return Statistics(self.sums[None], np.array([self.count], np.int64))
+    statistics: Statistics
+    hessians: np.ndarray | None = None
 
 
 def input_groups(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
     """The matrices that share an input, in the order in which they are collected; the head, or the
     embedding that it is tied to, comes last. ``checkpoint`` is a prepared one."""
-    layers = range(checkpoint.config["num_hidden_layers"])
-    groups = [group for layer in layers for group in layer_groups(layer)]
+    shape = shape_of(checkpoint.config)
+    groups = [group for layer in range(shape.layers) for group in layer_groups(shape, layer)]
     return [*groups, (head_name(checkpoint.tensors),)]
 
 
@@ -94,7 +91,7 @@ def as_calibration(found: Iterable[Collected], sample: Sample) -> Calibration:
     """What was collected, without Hessians."""
     tensors: dict[str, Statistics] = {}
     for one in found:
-        tensors |= dict.fromkeys(one.names, one.statistics())
+        tensors |= dict.fromkeys(one.names, one.statistics)
     return Calibration(tensors, (sample.text,), sample.sha256, sample.tokens, sample.context)
 
 
@@ -130,17 +127,17 @@ class _Seen:
 
     def __call__(self, names: tuple[str, ...], x: np.ndarray, expert: int, experts: int) -> None:
         if names not in self._groups:
-            self._groups[names] = _Sums(x.shape[1], self._wanted(names))
-        self._groups[names].add(x)
+            self._groups[names] = _Sums(experts, x.shape[1], self._wanted(names))
+        self._groups[names].add(x, expert)
 
     def finish(self, what: str) -> list[Collected]:
         """In the order in which they came. Raises BadWeightsError if ``what`` is not finite."""
         found = []
         for names, sums in self._groups.items():
             made = sums.finish(names)
-            hessian = made.hessian
-            if not np.isfinite(made.sums).all() or (
-                hessian is not None and not np.isfinite(hessian).all()
+            hessians = made.hessians
+            if not np.isfinite(made.statistics.sums).all() or (
+                hessians is not None and not all(np.isfinite(one).all() for one in hessians)
             ):
                 raise BadWeightsError(
                     f"{what} are not finite at the input of {names[0]}, or their squares are not: "
@@ -152,25 +149,38 @@ class _Seen:
 
 
 class _Sums:
-    def __init__(self, cols: int, hessian: bool) -> None:
-        self._squares = np.zeros(cols)
-        self._count = 0
-        self._hessian = np.zeros((cols, cols), np.float32) if hessian else None
+    """Of the inputs of one group, by expert."""
 
-    def add(self, x: np.ndarray) -> None:
+    def __init__(self, experts: int, cols: int, hessians: bool) -> None:
+        self._squares = np.zeros((experts, cols))
+        self._counts = np.zeros(experts, np.int64)
+        self._hessians = np.zeros((experts, cols, cols), np.float32) if hessians else None
+
+    def add(self, x: np.ndarray, expert: int) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
             wide = x.astype(np.float64)
-            self._squares += np.einsum("nc,nc->c", wide, wide)
-            self._count += len(x)
-            if self._hessian is not None:
-                _add_upper(self._hessian, x)
+            self._squares[expert] += np.einsum("nc,nc->c", wide, wide)
+            self._counts[expert] += len(x)
+            if self._hessians is not None:
+                _add_upper(self._hessians[expert], x)
 
     def finish(self, names: tuple[str, ...]) -> Collected:
-        hessian, self._hessian = self._hessian, None
+        hessians, self._hessians = self._hessians, None
         with np.errstate(over="ignore", invalid="ignore"):
-            if hessian is not None:
-                _complete(hessian, np.float32(1 / self._count))
-            return Collected(names, self._squares.astype(np.float32), self._count, hessian)
+            statistics = Statistics(self._squares.astype(np.float32), self._counts)
+            if hessians is not None:
+                _average(hessians, statistics)
+        return Collected(names, statistics, hessians)
+
+
+def _average(hessians: np.ndarray, statistics: Statistics) -> None:
+    """Sums of x·xᵀ (their upper halves) to symmetric means, in place."""
+    few = statistics.few
+    everyone = hessians.sum(0, dtype=np.float32) if few.any() else None
+    for one, count, alone in zip(hessians, statistics.counts, ~few, strict=True):
+        if not alone:
+            one[:] = everyone
+        _complete(one, np.float32(1 / (count if alone else statistics.total)))
 
 
 def _add_upper(hessian: np.ndarray, x: np.ndarray) -> None:

@@ -32,6 +32,11 @@ class Statistics:
         """Tokens that reached any expert, counted once for each."""
         return int(self.counts.sum())
 
+    @property
+    def few(self) -> np.ndarray:
+        """Whether an expert is judged by all experts together: bool ``[experts]``."""
+        return (self.counts < FEWEST_TOKENS) & (self.experts > 1)
+
     def importance(self) -> np.ndarray:
         """The mean of x², f32 ``[experts, cols]``.
 
@@ -42,9 +47,8 @@ class Statistics:
             return np.ones_like(self.sums)
         sums, counts = self.sums.astype(np.float64), self.counts[:, None]
         own = sums / np.maximum(counts, 1)
-        if self.experts > 1:
-            own = np.where(counts < FEWEST_TOKENS, sums.sum(0) / self.total, own)
-        return own.astype(np.float32)
+        everyone = sums.sum(0) / self.total
+        return np.where(self.few[:, None], everyone, own).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,10 @@
 """Statistics of one layer in a file: sums, and Hessians where they were asked for.
 
-A safetensors file. For group i of matrices that share an input it holds ``i.sums`` f32 ``[cols]``
-and ``i.hessian`` f32 ``[cols · (cols + 1) / 2]``: of the symmetric Hessian, the rows from the
-diagonal on, one after the other. Its ``__metadata__`` tells of each group the names and the number
-of tokens, and what model and what text they are of.
+A safetensors file. For group i of matrices that share an input it holds ``i.sums`` f32
+``[experts · cols]`` and ``i.hessian`` f32 ``[experts · cols · (cols + 1) / 2]``: of each symmetric
+Hessian, the rows from the diagonal on, one after the other. Its ``__metadata__`` tells of each
+group the names and for each expert (one where there are none) the number of tokens, and what model
+and what text they are of.
 
 ``mlxedge calibrate -o FILE --hessians`` leaves a folder ``FILE.hessians`` of them, one for each
 layer and one for the head: 2 · cols² bytes for each group, so 0.2 GB for a model of 135 M weights
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxedge.calibration.collect import Collected, input_groups
+from mlxedge.calibration.statistics import Statistics
 from mlxedge.errors import CorruptFileError, SourceNotFoundError, UsageError
 from mlxedge.models.decoder import Shape, shape_of
 from mlxedge.ops import load_reference
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from mlxedge.calibration.statistics import Calibration
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
 
-FORMAT = "mlxedge-statistics-1"
+FORMAT = "mlxedge-statistics-2"
 _SUFFIX = ".safetensors"
 
 
@@ -102,13 +104,14 @@ def _rounded(value: Any) -> Any:
 
 def write_layer(path: Path, found: list[Collected], metadata: Mapping[str, str]) -> None:
     """Write a layer's statistics: under a temporary name, synced, renamed. Raises OSError."""
-    groups = [{"names": one.names, "count": one.count} for one in found]
+    groups = [{"names": one.names, "counts": one.statistics.counts.tolist()} for one in found]
     arrays: dict[str, tuple[int, Iterator[np.ndarray]]] = {}
     for i, one in enumerate(found):
-        cols = len(one.sums)
-        arrays[f"{i}.sums"] = cols, iter([one.sums])
-        if (hessian := one.hessian) is not None:
-            arrays[f"{i}.hessian"] = cols * (cols + 1) // 2, _upper(hessian)
+        sums = one.statistics.sums
+        experts, cols = sums.shape
+        arrays[f"{i}.sums"] = sums.size, iter(sums)
+        if (hessians := one.hessians) is not None:
+            arrays[f"{i}.hessian"] = experts * (cols * (cols + 1) // 2), _upper(hessians)
     about = {**metadata, "format": FORMAT, "groups": json.dumps(groups)}
     header: dict[str, Any] = {"__metadata__": about}
     end = 0
@@ -128,8 +131,8 @@ def write_layer(path: Path, found: list[Collected], metadata: Mapping[str, str])
     part.replace(path)
 
 
-def _upper(hessian: np.ndarray) -> Iterator[np.ndarray]:
-    return (row[i:] for i, row in enumerate(hessian))
+def _upper(hessians: np.ndarray) -> Iterator[np.ndarray]:
+    return (row[i:] for hessian in hessians for i, row in enumerate(hessian))
 
 
 def read_layer(path: Path, hessians: bool = True) -> tuple[list[Collected], dict[str, str]]:
@@ -138,28 +141,36 @@ def read_layer(path: Path, hessians: bool = True) -> tuple[list[Collected], dict
     try:
         groups = _groups(path, file.metadata)
         found = []
-        for i, (names, count) in enumerate(groups):
+        for i, (names, counts) in enumerate(groups):
             sums = _read(file, f"{i}.sums")
+            if sums.size % len(counts):
+                raise CorruptFileError(path, f"{len(counts)} experts cannot have {sums.size} sums")
+            statistics = Statistics(sums.reshape(len(counts), -1), counts)
             packed = f"{i}.hessian"
-            hessian = None
+            unpacked = None
             if hessians and packed in file.entries:
-                hessian = _unpacked(path, _read(file, packed), len(sums))
-            found.append(Collected(names, sums, count, hessian))
+                unpacked = _unpacked(path, _read(file, packed), *statistics.sums.shape)
+            found.append(Collected(names, statistics, unpacked))
         return found, dict(file.metadata)
     finally:
         file.close()
 
 
-def _groups(path: Path, metadata: Mapping[str, str]) -> list[tuple[tuple[str, ...], int]]:
+def _groups(path: Path, metadata: Mapping[str, str]) -> list[tuple[tuple[str, ...], np.ndarray]]:
     try:
         if metadata["format"] != FORMAT:
             raise ValueError
-        groups = [(tuple(g["names"]), g["count"]) for g in json.loads(metadata["groups"])]
-        if not all(type(n) is int and n > 0 and names for names, n in groups):
+        groups = [(tuple(g["names"]), g["counts"]) for g in json.loads(metadata["groups"])]
+        if not all(names and _are_counts(counts) for names, counts in groups):
             raise ValueError
-        return groups
+        return [(names, np.array(counts, np.int64)) for names, counts in groups]
     except (KeyError, TypeError, ValueError):
         raise CorruptFileError(path, "not statistics that mlxedge calibrate wrote") from None
+
+
+def _are_counts(counts: list[int]) -> bool:
+    """Whether they are numbers of tokens, and not all of them none."""
+    return all(type(n) is int and 0 <= n < 1 << 53 for n in counts) and any(counts)
 
 
 def _read(file: SafetensorsFile, name: str) -> np.ndarray:
@@ -172,19 +183,20 @@ def _read(file: SafetensorsFile, name: str) -> np.ndarray:
     return values
 
 
-def _unpacked(path: Path, packed: np.ndarray, cols: int) -> np.ndarray:
-    if packed.size != cols * (cols + 1) // 2:
+def _unpacked(path: Path, packed: np.ndarray, experts: int, cols: int) -> np.ndarray:
+    if packed.size != experts * (cols * (cols + 1) // 2):
         raise CorruptFileError(
-            path, f"a Hessian of {cols} columns cannot have {packed.size} values"
+            path, f"{experts} Hessians of {cols} columns cannot have {packed.size} values"
         )
-    hessian = np.empty((cols, cols), np.float32)
+    hessians = np.empty((experts, cols, cols), np.float32)
     start = 0
-    for i in range(cols):
-        row = packed[start : start + cols - i]
-        hessian[i, i:] = row
-        hessian[i:, i] = row
-        start += cols - i
-    return hessian
+    for hessian in hessians:
+        for i in range(cols):
+            row = packed[start : start + cols - i]
+            hessian[i, i:] = row
+            hessian[i:, i] = row
+            start += cols - i
+    return hessians
 
 
 def read_hessians(folder: str | Path, checkpoint: Checkpoint) -> Generator[Collected]:
@@ -226,7 +238,7 @@ def check_hessians(folder: Path, checkpoint: Checkpoint, calibration: Calibratio
         raise _of_another_model(folder, checkpoint)
     for one in found:
         known = calibration.tensors.get(one.names[0])
-        mean = one.statistics().importance()
+        mean = one.statistics.importance()
         if known is None or not np.allclose(known.importance(), mean, rtol=1e-3):
             raise UsageError(
                 f"{folder} is of another run than the file that it stands beside: calibrate again "
@@ -249,4 +261,7 @@ def _of_another_model(folder: Path, checkpoint: Checkpoint) -> UsageError:
 
 
 def _fits(one: Collected, tensor: SourceTensor | None) -> bool:
-    return tensor is not None and one.hessian is not None and len(one.sums) == tensor.cols
+    if tensor is None or one.hessians is None:
+        return False
+    experts = tensor.shape[0] if len(tensor.shape) > 2 else 1
+    return one.statistics.sums.shape == (experts, tensor.cols)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
 from mlxedge.errors import UnsupportedModelError
+from mlxedge.gguf_values import GgufValue
 from mlxedge.models.layout import rope_row_order, rope_row_order_to_gguf
 from mlxedge.models.rope import rope_settings
 from mlxedge.models.spec import ModelSpec
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 #: Modules of this package that serve the architectures and are none themselves.
-_SHARED = {"decoder", "dense", "layout", "rope", "spec"}
+_SHARED = {"decoder", "dense", "experts", "layout", "rope", "spec"}
 
 
 @cache
@@ -57,21 +57,16 @@ def spec_for(config: dict[str, Any]) -> ModelSpec:
     )
 
 
-def spec_for_gguf(arch: str) -> ModelSpec:
-    """The architecture of a GGUF file's ``general.architecture``."""
+def spec_for_gguf(arch: str, metadata: Mapping[str, GgufValue]) -> ModelSpec:
+    """The architecture of a GGUF file, by its ``general.architecture`` and its other metadata."""
     for model_type in known_model_types():
         spec = _spec(model_type)
-        # mistral and llama share an arch; the type that is named like it stands for both.
-        if spec.gguf_arch == arch and spec.model_type == _canonical(arch):
+        if spec.gguf_arch == arch and spec.reads(metadata):
             return spec
     known = sorted({_spec(t).gguf_arch for t in known_model_types()})
     raise UnsupportedModelError(
         f"GGUF architecture {arch!r} is not supported; known: {', '.join(known)}"
     )
-
-
-def _canonical(arch: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", arch)
 
 
 def normalise(config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, Any]:

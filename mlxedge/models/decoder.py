@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
-from mlxedge.models.dense import layer_windows
+from mlxedge.models import spec_for
+from mlxedge.models.experts import ROUTER, SHARED, SHARED_GATE, STACKS, ExpertShape
 from mlxedge.models.rope import Rope, inverse_frequencies, rope_settings
 from mlxedge.ops import load_forward, load_reference
 
@@ -40,10 +41,12 @@ class Shape:
     epsilon: float
     rope: Rope
     windows: tuple[int, ...]
+    experts: ExpertShape | None = None
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
-    """Read a config.json; raises UnsupportedModelError if a forward pass would be wrong."""
+    """Read a prepared config; raises UnsupportedModelError if a forward pass would be wrong."""
+    spec = spec_for(config)
     activation = config.get("hidden_act") or config.get("hidden_activation") or "silu"
     if activation not in _SILU:
         raise UnsupportedModelError(f"hidden_act {activation!r} is not supported: only silu is")
@@ -67,7 +70,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
         context=int(config.get("max_position_embeddings") or 2048),
         epsilon=float(config.get("rms_norm_eps") or 1e-6),
         rope=rope_settings(config),
-        windows=layer_windows(config, layers),
+        windows=spec.windows(config),
+        experts=spec.experts.shape(config) if spec.experts else None,
     )
 
 
@@ -99,6 +103,13 @@ class Weights:
         bias = self.optional(name.removesuffix("weight") + "bias")
         return self._ops.Product(matrix, out, bias, add_to)
 
+    def experts(self, name: str, count: int, x: Any, out: Any) -> Any:
+        """``out = x @ W[e].T`` for the slots of each of ``count`` experts."""
+        tensor = self.tensor(name, (count, out.width, x.width))
+        matrix = self._ops.Matrix(tensor.read(), tensor.encoding, count * out.width, x.width)
+        self.nbytes += matrix.nbytes
+        return self._ops.ExpertProduct(matrix, out)
+
     def vector(self, name: str) -> np.ndarray:
         """f32 ``[size]``."""
         tensor = self.tensor(name)
@@ -121,18 +132,22 @@ class Weights:
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: The matrices of a block, those together that have the same input.
-_GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
+_ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+_DENSE = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+_ROUTED = ((ROUTER,), STACKS[:2], STACKS[2:])
+_SHARING = ((ROUTER, SHARED_GATE, *SHARED[:2]), STACKS[:2], STACKS[2:], SHARED[2:])
 
 
-def layer_groups(layer: int) -> list[tuple[str, ...]]:
+def layer_groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
     """The names of a layer's matrices, those together that have the same input, in the order in
     which they compute."""
-    return [tuple(f"model.layers.{layer}.{n}.weight" for n in group) for group in _GROUPS]
+    experts = shape.experts
+    if experts is None or layer not in experts.layers:
+        mlp: tuple[tuple[str, ...], ...] = _DENSE
+    else:
+        mlp = _SHARING if experts.shared_width else _ROUTED
+    groups = (*_ATTENTION, *mlp)
+    return [tuple(f"model.layers.{layer}.{n}.weight" for n in group) for group in groups]
 
 
 def head_name(tensors: Container[str]) -> str:
@@ -159,8 +174,24 @@ class Graph:
         mixed, delta = buffer(shape.heads * shape.head_dim), buffer(shape.hidden)
         q = buffer(shape.heads * shape.head_dim)
         k, v = (buffer(shape.kv_heads * shape.head_dim) for _ in range(2))
-        gate, up = (buffer(shape.intermediate) for _ in range(2))
-        return mixed, delta, q, k, v, gate, up
+        return mixed, delta, q, k, v
+
+    @cached_property
+    def _dense_buffers(self) -> tuple[Any, Any]:
+        width = self.shape.intermediate
+        return self.tape.buffer(width), self.tape.buffer(width)
+
+    @cached_property
+    def _expert_buffers(self) -> tuple[Any, ...]:
+        """The choice of experts; logits; by slot the input, gate, up and down; and of a shared
+        expert how much it counts, gate and up."""
+        experts, tape = self.shape.experts, self.tape
+        assert experts is not None
+        choice = tape.choice(experts.count, experts.used)
+        hidden, width, shared = self.shape.hidden, experts.width, experts.shared_width
+        slots = [tape.buffer(size, choice) for size in (hidden, width, width, hidden)]
+        sharing = [tape.buffer(size) for size in (1, shared, shared)] if shared else []
+        return choice, tape.buffer(experts.count), slots, sharing
 
     def embed(self) -> Any:
         """x = the rows of the tokens; returns the table."""
@@ -172,10 +203,10 @@ class Graph:
         """x = block ``layer`` of x."""
         shape, tape, weights = self.shape, self.tape, self.weights
         x, h = self.x, self._h
-        mixed, delta, q, k, v, gate, up = self._block_buffers
+        mixed, delta, q, k, v = self._block_buffers
         block = f"model.layers.{layer}."
         attend = f"{block}self_attn."
-        qkv_names, o_names, gate_up_names, down_names = layer_groups(layer)
+        qkv_names, o_names, *mlp_names = layer_groups(shape, layer)
         self._norm(f"{block}input_layernorm.weight")
         self._linear(h, qkv_names, [q, k, v])
         tape.attention(
@@ -195,9 +226,38 @@ class Graph:
         )
         self._linear(mixed, o_names, [delta], add_to=x)
         self._norm(f"{block}post_attention_layernorm.weight")
-        self._linear(h, gate_up_names, [gate, up])
-        tape.gate(gate, up)
-        self._linear(gate, down_names, [delta], add_to=x)
+        if shape.experts is None or layer not in shape.experts.layers:
+            gate, up = self._dense_buffers
+            self._linear(h, mlp_names[0], [gate, up])
+            tape.gate(gate, up)
+            self._linear(gate, mlp_names[1], [delta], add_to=x)
+        else:
+            self._mixture(shape.experts, mlp_names)
+
+    def _mixture(self, experts: ExpertShape, names: list[tuple[str, ...]]) -> None:
+        """x += the chosen experts' output for h, and the shared expert's."""
+        tape, weights, h, x = self.tape, self.weights, self._h, self.x
+        choice, logits, (rows, gate, up, down), sharing = self._expert_buffers
+        routers, gate_up, last, *shared_down = names
+        self._linear(h, routers, [logits, *sharing])
+        tape.route(logits, choice, score=experts.score, normalise=experts.normalise)
+        tape.gather(h, choice, rows)
+        for group, source, outs in ((gate_up, rows, [gate, up]), (last, gate, [down])):
+            if self._tapped:
+                tape.expert_tap(group, source, choice)
+            pairs = zip(group, outs, strict=True)
+            products = [weights.experts(n, experts.count, source, out) for n, out in pairs]
+            tape.expert_linear(source, choice, products)
+            if source is rows:
+                tape.gate(gate, up)
+        tape.combine(down, choice, x)
+        if sharing:
+            counts, gate, up = sharing
+            tape.gate(gate, up)
+            self._tap(shared_down[0], gate)
+            tape.scale_by_sigmoid(gate, counts)
+            delta = self._block_buffers[1]
+            tape.linear(gate, [weights.product(shared_down[0][0], gate, delta, x)])
 
     def head(self, table: Any = None) -> Any:
         """Logits of x; returns their buffer. ``table`` is the embedding's, where it is known."""

@@ -7,12 +7,13 @@ conversion/llama.py, as vendored by llama-cpp-python 0.3.36.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxedge import gguf_values as gv
 from mlxedge.errors import TokenizerError, UnsupportedModelError
+from mlxedge.models.experts import ROUTER, SHARED, SHARED_GATE, STACKS, Experts
 from mlxedge.models.rope import Rope, inverse_frequencies, rope_settings
 from mlxedge.models.spec import Config, ModelSpec, Name, RowOrder
 
@@ -24,10 +25,12 @@ _BLOCK = "model.layers.{i}."
 
 def names(
     *, rope_rows: bool = False, qkv_bias: bool | str = False, o_bias: bool | str = False,
-    mlp_bias: bool | str = False, qk_norm: bool = False,
+    mlp_bias: bool | str = False, qk_norm: bool = False, experts: Experts | None = None,
+    block: str = "mlp", parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> tuple[Name, ...]:  # fmt: skip
-    """The tensors of a dense decoder. ``rope_rows``: Q and K are interleaved in GGUF. A bias is
-    there always (``True``), never, or as the config key of that name says."""
+    """The tensors of a decoder. ``rope_rows``: Q and K are interleaved in GGUF. A bias is there
+    always (``True``), never, or as the config key of that name says. With ``experts``, files call
+    the module that holds them ``block``, and gate, up and down of one expert ``parts``."""
     q: RowOrder = "rope_q" if rope_rows else "same"
     k: RowOrder = "rope_k" if rope_rows else "same"
     norm, wide, narrow = ("hidden",), ("intermediate", "hidden"), ("hidden", "intermediate")
@@ -38,10 +41,16 @@ def names(
         ("self_attn.k_proj.weight", "attn_k.weight", ("kv", "hidden"), k),
         ("self_attn.v_proj.weight", "attn_v.weight", ("kv", "hidden")),
         ("self_attn.o_proj.weight", "attn_output.weight", ("hidden", "q")),
-        ("mlp.gate_proj.weight", "ffn_gate.weight", wide),
-        ("mlp.up_proj.weight", "ffn_up.weight", wide),
-        ("mlp.down_proj.weight", "ffn_down.weight", narrow),
     ]
+    dense: tuple[Any, ...] = ()
+    if experts is not None:
+        dense = "same", lambda config: True, experts.dense_layers
+    if experts is None or experts.sparse:
+        layer += [
+            ("mlp.gate_proj.weight", "ffn_gate.weight", wide, *dense),
+            ("mlp.up_proj.weight", "ffn_up.weight", wide, *dense),
+            ("mlp.down_proj.weight", "ffn_down.weight", narrow, *dense),
+        ]
     if qkv_bias:
         given = _given(qkv_bias)
         layer += [
@@ -66,7 +75,42 @@ def names(
         Name("model.norm.weight", "output_norm.weight", norm),
         Name("lm_head.weight", "output.weight", ("vocab", "hidden"), present=_untied),
         *(Name(_BLOCK + hf, "blk.{i}." + gguf, *rest) for hf, gguf, *rest in layer),
+        *(_expert_names(experts, block, parts) if experts else ()),
     )
+
+
+def _expert_names(experts: Experts, block: str, parts: Sequence[str]) -> Iterator[Name]:
+    shapes = (("expert", "hidden"), ("expert", "hidden"), ("hidden", "expert"))
+    layers = experts.layers
+
+    def own(name: str) -> str | None:
+        return None if block == "mlp" else f"{_BLOCK}{block}.{name}.weight"
+
+    yield Name(
+        f"{_BLOCK}{ROUTER}.weight",
+        "blk.{i}.ffn_gate_inp.weight",
+        ("experts", "hidden"),
+        layers=layers,
+        stored=own("gate"),
+        mlx=own("gate"),
+    )
+    for stack, part, kind, shape in zip(STACKS, parts, ("gate", "up", "down"), shapes, strict=True):
+        yield Name(
+            f"{_BLOCK}{stack}.weight",
+            f"blk.{{i}}.ffn_{kind}_exps.weight",
+            ("experts", *shape),
+            layers=layers,
+            stored=f"{_BLOCK}{block}.experts.{{e}}.{part}.weight",
+            mlx=f"{_BLOCK}{block}.switch_mlp.{kind}_proj.weight",
+        )
+    if experts.shared_width is None:
+        return
+    for shared, kind, (rows, cols) in zip(SHARED, ("gate", "up", "down"), shapes, strict=True):
+        wide = tuple("shared" if word == "expert" else word for word in (rows, cols))
+        gguf = f"blk.{{i}}.ffn_{kind}_shexp.weight"
+        yield Name(f"{_BLOCK}{shared}.weight", gguf, wide, layers=layers)
+    gguf = "blk.{i}.ffn_gate_inp_shexp.weight"
+    yield Name(f"{_BLOCK}{SHARED_GATE}.weight", gguf, ("one", "hidden"), layers=layers)
 
 
 def _given(bias: bool | str) -> Callable[[Config], bool]:
@@ -75,6 +119,10 @@ def _given(bias: bool | str) -> Callable[[Config], bool]:
 
 def _untied(config: Config) -> bool:
     return not config["tie_word_embeddings"]
+
+
+def no_windows(config: Config) -> tuple[int, ...]:
+    return (0,) * config["num_hidden_layers"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +141,10 @@ class Dense:
     fixed: Mapping[str, Any]
     freq_factors: bool = False
     head_dim_free: bool = True
+    experts: Experts | None = None
+    #: The sliding window of each layer, 0 for none, as transformers 5 applies it.
+    windows: Callable[[Config], tuple[int, ...]] = no_windows
+    reads: Callable[[Mapping[str, gv.GgufValue]], bool] = lambda metadata: True
     check: Callable[[Config, str], list[str]] = lambda config, runtime: []
 
     def spec(self) -> ModelSpec:
@@ -107,6 +159,10 @@ class Dense:
             mlx_config=self.mlx_config,
             objections=self.objections,
             window=self.window,
+            windows=self.windows,
+            settle=self.experts.settle if self.experts else lambda config: config,
+            reads=self.reads,
+            experts=self.experts,
         )
 
     def gguf_metadata(self, config: Config) -> gv.Metadata:
@@ -126,6 +182,9 @@ class Dense:
             "rope.dimension_count": gv.u32(rope.dims(head_dim)),
             "rope.freq_base": gv.f32(rope.theta),
         }
+        if self.experts is not None:
+            keys = _expert_keys(self.experts)
+            values |= {gguf_key: gv.u32(config[key]) for key, gguf_key in keys.items()}
         return {f"{self.arch}.{k}": v for k, v in (values | _rope_scaling(rope)).items()}
 
     def gguf_extra(self, config: Config) -> dict[str, np.ndarray]:
@@ -189,6 +248,10 @@ class Dense:
             "vocab_size": vocab,
             **self.fixed,
         }
+        if self.experts is not None:
+            for key, gguf_key in _expert_keys(self.experts).items():
+                if (value := get(gguf_key)) is not None or key not in config:
+                    config[key] = value
         if (factors := extra.get("rope_freqs.weight")) is not None:
             rope |= llama3_from_factors(factors, rope["rope_theta"], config["head_dim"])
         return config | _both_styles(rope)
@@ -217,8 +280,7 @@ class Dense:
 
     def window(self, config: Config) -> int | None:
         """The smallest sliding window of any layer, if the model's context is longer."""
-        windows = [w for w in layer_windows(config, config["num_hidden_layers"]) if w]
-        window = min(windows, default=None)
+        window = min((w for w in self.windows(config) if w), default=None)
         return window if window is not None and window < _context(config) else None
 
     def objections(self, config: Config, runtime: str) -> list[str]:
@@ -245,20 +307,49 @@ class Dense:
         return found
 
 
-def layer_windows(config: Config, layers: int) -> tuple[int, ...]:
-    """The sliding window of each layer, 0 for none, as transformers 5 applies it: mistral's is for
-    all layers, qwen's from ``max_window_layers`` on if ``use_sliding_window`` is set, unless
-    ``layer_types`` says which; llama has none. A config that is silent means 4096."""
-    kind = config.get("model_type")
-    qwen = kind in ("qwen2", "qwen3")
-    if not (kind == "mistral" or (qwen and config.get("use_sliding_window"))):
-        return (0,) * layers
+def _expert_keys(experts: Experts) -> dict[str, str]:
+    """GGUF's keys by the config's."""
+    keys = {
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        experts.width: "expert_feed_forward_length",
+    }
+    if experts.shared_width:
+        keys[experts.shared_width] = "expert_shared_feed_forward_length"
+    return keys
+
+
+def plain_rope(config: Config, runtime: str) -> list[str]:
+    """An objection where a runtime has no scaled rotary embeddings for an architecture."""
+    kind = rope_settings(config).type
+    model_type = config["model_type"]
+    return [] if kind == "default" else [f"{runtime}'s {model_type} has no {kind} rope scaling"]
+
+
+def experts_everywhere(experts: Experts, config: Config, runtime: str) -> list[str]:
+    """An objection where a runtime has no dense layers between those with experts."""
+    if not experts.dense_layers(config):
+        return []
+    name = {"gguf": "llama.cpp", "mlx": "mlx-lm"}[runtime]
+    return [f"{name} has experts in every layer of a {config['model_type']}, this model has not"]
+
+
+def every_layer(config: Config, default: int | None) -> tuple[int, ...]:
+    """``sliding_window`` for all layers; ``default`` is what a silent config means."""
+    return (int(config.get("sliding_window", default) or 0),) * config["num_hidden_layers"]
+
+
+def qwen_windows(config: Config) -> tuple[int, ...]:
+    """None unless ``use_sliding_window`` is set; then in the layers that ``layer_types`` names, or
+    from ``max_window_layers`` on."""
+    layers = range(config["num_hidden_layers"])
     window = int(config.get("sliding_window", 4096) or 0)
-    types = config.get("layer_types") if qwen else None
-    if types:
-        return tuple(window if t == "sliding_attention" else 0 for t in types)
-    first = int(config.get("max_window_layers", 28)) if qwen else 0
-    return tuple(window if layer >= first else 0 for layer in range(layers))
+    if not config.get("use_sliding_window"):
+        return no_windows(config)
+    if types := config.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    first = int(config.get("max_window_layers", 28))
+    return tuple(window if layer >= first else 0 for layer in layers)
 
 
 def _context(config: Config, window: int | None = None) -> int:

@@ -11,4 +11,5 @@ SPEC = Dense(
     ),
     fixed={"attention_bias": False, "mlp_bias": False},
     freq_factors=True,
+    reads=lambda metadata: "llama.expert_count" not in metadata,
 ).spec()

@@ -1,7 +1,7 @@
 """mistral: llama's graph. llama.cpp and mlx-lm attend to everything, where a model with a
 ``sliding_window`` attends to the last tokens only; they agree up to that many tokens."""
 
-from mlxedge.models.dense import Dense, names
+from mlxedge.models.dense import Dense, every_layer, names
 
 SPEC = Dense(
     model_type="mistral",
@@ -10,4 +10,6 @@ SPEC = Dense(
     names=names(rope_rows=True),
     fixed={},
     freq_factors=True,
+    windows=lambda config: every_layer(config, 4096),
+    reads=lambda metadata: False,  # in GGUF it is a llama
 ).spec()

@@ -1,6 +1,6 @@
 """qwen2: Qwen 1.5, 2 and 2.5; biases on q, k and v."""
 
-from mlxedge.models.dense import Dense, names
+from mlxedge.models.dense import Dense, names, qwen_windows
 
 SPEC = Dense(
     model_type="qwen2",
@@ -9,4 +9,5 @@ SPEC = Dense(
     names=names(qkv_bias=True),
     fixed={"use_sliding_window": False},
     head_dim_free=False,
+    windows=qwen_windows,
 ).spec()

@@ -1,6 +1,6 @@
 """qwen3: dense Qwen 3; RMSNorm on each head of q and k, no biases."""
 
-from mlxedge.models.dense import Dense, names
+from mlxedge.models.dense import Dense, names, qwen_windows
 from mlxedge.models.spec import Config
 
 
@@ -17,4 +17,5 @@ SPEC = Dense(
     names=names(qk_norm=True),
     fixed={"attention_bias": False, "use_sliding_window": False},
     check=_check,
+    windows=qwen_windows,
 ).spec()

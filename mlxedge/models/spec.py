@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.gguf_values import GgufValue, Metadata
+from mlxedge.models.experts import ROUTER, SHARED_GATE, Experts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,10 +25,13 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Name:
-    """One tensor in both worlds; ``{i}`` stands for the layer.
+    """One tensor in all worlds; ``{i}`` stands for the layer.
 
-    ``shape`` is in terms of :func:`sizes`; ``present(config)`` tells whether a model of that
-    config has the tensor.
+    ``hf`` is the canonical name: Hugging Face's, but for stacks of experts. ``shape`` is in terms
+    of ``ModelSpec.sizes``; ``present(config)`` tells whether a model of that config has the tensor,
+    ``layers(config)`` in which layers, if not in all. ``stored`` is the name in a Hugging Face
+    folder where that differs, with ``{e}`` for the expert if each is a tensor of its own; ``mlx``
+    that in an MLX folder.
     """
 
     hf: str
@@ -35,19 +39,9 @@ class Name:
     shape: tuple[str, ...]
     rows: RowOrder = "same"
     present: Callable[[Config], bool] = lambda config: True
-
-
-def sizes(config: Config) -> dict[str, int]:
-    """What the words in ``Name.shape`` stand for."""
-    head = config["head_dim"]
-    return {
-        "vocab": config["vocab_size"],
-        "hidden": config["hidden_size"],
-        "intermediate": config["intermediate_size"],
-        "head": head,
-        "q": head * config["num_attention_heads"],
-        "kv": head * config["num_key_value_heads"],
-    }
+    layers: Callable[[Config], Collection[int]] | None = None
+    stored: str | None = None
+    mlx: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,11 @@ class ModelSpec:
       this model, or nothing.
     - ``window(config)``: up to how many tokens of context full attention, which is what llama.cpp
       and mlx-lm have for this architecture, equals the model's own; ``None`` if always.
+    - ``windows(config)``: the sliding window of each layer, 0 for none.
+    - ``settle(config)``: the config with the architecture's own keys spelled out, or
+      UnsupportedModelError.
+    - ``reads(metadata)``: whether a GGUF file of ``gguf_arch`` with this metadata is of this type,
+      where several share the architecture.
     """
 
     model_type: str
@@ -77,6 +76,10 @@ class ModelSpec:
     mlx_config: Callable[[Config], Config]
     objections: Callable[[Config, str], list[str]]
     window: Callable[[Config], int | None]
+    windows: Callable[[Config], tuple[int, ...]]
+    settle: Callable[[Config], Config] = lambda config: config
+    reads: Callable[[Mapping[str, GgufValue]], bool] = lambda metadata: True
+    experts: Experts | None = None
     #: GGUF tensors that ``config_from_gguf`` consumes.
     gguf_only: tuple[str, ...] = ("rope_freqs.weight",)
     #: Source tensors that carry no weights (buffers) and are dropped.
@@ -85,6 +88,11 @@ class ModelSpec:
     @cached_property
     def _by_hf(self) -> list[tuple[re.Pattern[str], Name]]:
         return [(_pattern(n.hf), n) for n in self.names]
+
+    @cached_property
+    def _by_file(self) -> list[tuple[re.Pattern[str], Name]]:
+        """By the names in Hugging Face and MLX folders that are not canonical."""
+        return [(_pattern(other), n) for n in self.names for other in (n.stored, n.mlx) if other]
 
     @cached_property
     def _by_gguf(self) -> list[tuple[re.Pattern[str], Name]]:
@@ -104,16 +112,72 @@ class ModelSpec:
                 return name.hf.format(**match.groupdict()), name.rows
         return None
 
+    def to_mlx(self, hf_name: str) -> str:
+        """The name in an MLX folder."""
+        return self._other(hf_name, "mlx") or hf_name
+
+    def to_stored(self, hf_name: str, count: int) -> tuple[str, ...]:
+        """The names in a Hugging Face folder: one, or ``count`` for a stack of so many experts."""
+        other = self._other(hf_name, "stored")
+        if other is None:
+            return (hf_name,)
+        return tuple(other.format(e=e) for e in range(count)) if "{e}" in other else (other,)
+
+    def _other(self, hf_name: str, world: Literal["mlx", "stored"]) -> str | None:
+        for pattern, name in self._by_hf:
+            if match := pattern.fullmatch(hf_name):
+                found: str | None = getattr(name, world)
+                return None if found is None else found.replace("{i}", match.groupdict()["i"])
+        return None
+
+    def canonical(self, name: str) -> tuple[str, int | None]:
+        """The canonical name of what a Hugging Face or MLX folder calls ``name``, and for one
+        expert of a stack its number. A name that is unknown stays as it is."""
+        for pattern, known in self._by_file:
+            if match := pattern.fullmatch(name):
+                found = match.groupdict()
+                expert = found.pop("e", None)
+                return known.hf.format(**found), None if expert is None else int(expert)
+        return name, None
+
+    def is_router(self, hf_name: str) -> bool:
+        """Whether the matrix chooses experts, or how much of the shared one counts."""
+        return hf_name.endswith((f"{ROUTER}.weight", f"{SHARED_GATE}.weight"))
+
+    def rank(self, hf_name: str) -> int | None:
+        """How many dimensions the tensor has; ``None`` if it is unknown."""
+        for pattern, name in self._by_hf:
+            if pattern.fullmatch(hf_name):
+                return len(name.shape)
+        return None
+
     def expected(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Every tensor that a model of this config has, by Hugging Face name, with its shape."""
-        size = sizes(config)
+        size = self.sizes(config)
         found: dict[str, tuple[int, ...]] = {}
         for name in self.names:
             if name.present(config):
                 shape = tuple(size[word] for word in name.shape)
-                layers = config["num_hidden_layers"] if "{i}" in name.hf else 1
-                found |= {name.hf.format(i=i): shape for i in range(layers)}
+                layers: Collection[int] = range(config["num_hidden_layers"])
+                if name.layers is not None:
+                    layers = sorted(name.layers(config))
+                elif "{i}" not in name.hf:
+                    layers = (0,)
+                found |= {name.hf.format(i=i): shape for i in layers}
         return found
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """What the words in ``Name.shape`` stand for."""
+        head = config["head_dim"]
+        found = {
+            "vocab": config["vocab_size"],
+            "hidden": config["hidden_size"],
+            "intermediate": config["intermediate_size"],
+            "head": head,
+            "q": head * config["num_attention_heads"],
+            "kv": head * config["num_key_value_heads"],
+        }
+        return found | (self.experts.sizes(config) if self.experts else {})
 
     def check_tensors(
         self, config: Config, shapes: Mapping[str, tuple[int, ...]], path: Path
@@ -168,4 +232,5 @@ def _some(names: list[str]) -> str:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)"))
+    found = re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)")
+    return re.compile(found.replace(r"\{e\}", r"(?P<e>\d+)"))

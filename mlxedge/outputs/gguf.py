@@ -74,7 +74,7 @@ def plan_gguf(
         names[hf_name] = mapped
 
     extra = spec.gguf_extra(config)
-    shapes = [(names[n][0], t.shape) for n, t in checkpoint.tensors.items()]
+    shapes = [(names[n][0], _dims(t.shape)) for n, t in checkpoint.tensors.items()]
     notes = overrides.unmatched("gguf", [n for n, dims in shapes if llama_cpp.is_open(n, dims)])
     choices = llama_cpp.choose(
         target.recipe, shapes, _shape(spec, config), has_imatrix=imatrix, overrides=overrides
@@ -107,7 +107,7 @@ def plan_gguf(
             reason=choice.reason,
         )
         places, end = place_parts(tensor.encoding.parts(tensor.shape).values(), offset, 0, 1)
-        infos.append((gguf_name, source.shape, choice.encoding, offset))
+        infos.append((gguf_name, _dims(source.shape), choice.encoding, offset))
         planned.append(replace(tensor, places={"weight": places[0]}))
         offset = -(-end // ALIGNMENT) * ALIGNMENT
 
@@ -138,6 +138,11 @@ def plan_gguf(
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: llama.cpp can load but not tokenize")
     return plan
+
+
+def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """As ggml counts them, without leading ones."""
+    return shape[1:] if len(shape) > 1 and shape[0] == 1 else shape
 
 
 def imatrix_keys(*, file: str, dataset: str, entries: int, chunks: int) -> gv.Metadata:
@@ -203,7 +208,7 @@ def _shape(spec: ModelSpec, config: dict[str, Any]) -> llama_cpp.Shape:
     return llama_cpp.Shape(
         layers=layers,
         gqa=heads // kv_heads,
-        experts=config.get("num_local_experts", 0) or 0,
+        experts=config["num_experts"] if spec.experts else 0,
         is_70b=many and spec.gguf_arch in ("llama", "qwen2", "deci", "olmo"),
     )
 

@@ -25,10 +25,16 @@ def plan_hf(
 ) -> OutputPlan:
     """Plan one folder of ``target.recipe`` floats."""
     encoding = PLAIN[target.recipe]
-    tensors = [
-        PlannedTensor(name, name, source.shape, encoding, how_to_make(source, encoding, False))
-        for name, source in checkpoint.tensors.items()
-    ]
+    tensors = []
+    for name, source in checkpoint.tensors.items():
+        how = how_to_make(source, encoding, False)
+        first, *others = names = spec.to_stored(name, source.shape[0])
+        pieces = names if others else ()
+        tensors.append(
+            PlannedTensor(
+                name, name if pieces else first, source.shape, encoding, how, pieces=pieces
+            )
+        )
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "pt"}, parameters)
     made = {"architectures": [spec.architecture], **clean_config(config, target.recipe)}

@@ -44,20 +44,24 @@ def plan_mlx(
     tensors = []
     for name, source in checkpoint.tensors.items():
         encoding, reason = _choose(source, quantized, dtype)
+        if quantized is not None and spec.is_router(name):
+            encoding, reason = _choose(source, Affine(8, 64, dtype), dtype)
+            reason = reason or "routers get 8 bits"
         if name in told:
             encoding, reason = _choose(source, with_scales(told[name], dtype), dtype)
             reason = reason or (None if encoding == quantized else "as told")
         how = how_to_make(source, encoding, can_transcode(source.encoding, encoding))
-        tensors.append(PlannedTensor(name, name, source.shape, encoding, how, reason=reason))
+        made = spec.to_mlx(name)
+        tensors.append(PlannedTensor(name, made, source.shape, encoding, how, reason=reason))
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "mlx"}, parameters)
 
-    made = clean_config(spec.mlx_config(config), dtype)
-    if settings := _quantization(quantized, dtype, tensors, told):
-        made["quantization"] = settings
-        made["quantization_config"] = dict(settings)
+    written = clean_config(spec.mlx_config(config), dtype)
+    if settings := _quantization(quantized, tensors, told):
+        written["quantization"] = settings
+        written["quantization_config"] = dict(settings)
     files = common_files(checkpoint) | {
-        "config.json": json_bytes(made),
+        "config.json": json_bytes(written),
         "model.safetensors.index.json": layout.index,
         "README.md": model_card(checkpoint, "mlx", "MLX weights", target.recipe),
     }
@@ -90,20 +94,16 @@ def _told(matrices: list[str], spec: ModelSpec, overrides: Overrides) -> dict[st
 
 
 def _quantization(
-    main: Encoding | None,
-    dtype: str,
-    tensors: list[PlannedTensor],
-    told: dict[str, Encoding],
+    main: Encoding | None, tensors: list[PlannedTensor], told: dict[str, Encoding]
 ) -> dict[str, Any]:
     """config.json's ``quantization``: how most matrices are quantized, and by the path of its
     module what is quantized otherwise or, as the user wants it, not at all. mlx-lm asks for an
     entry first, then for scales."""
     own: dict[str, Any] = {}
     for tensor in tensors:
-        if tensor.name in told and tensor.encoding != main:
-            found = _settings(tensor.encoding)
-            if found or main is not None:
-                own[tensor.name.removesuffix(".weight")] = found or False
+        found = _settings(tensor.encoding)
+        if tensor.encoding != main and (found or (main is not None and tensor.source in told)):
+            own[tensor.name.removesuffix(".weight")] = found or False
     settings = _settings(main) if main else next((v for v in own.values() if v), {})
     return settings | own
 

@@ -6,7 +6,6 @@ import contextlib
 from pathlib import Path
 
 from mlxedge.errors import OutputError
-from mlxedge.outputs.safetensors_file import part_name
 from mlxedge.plan import OutputPlan
 
 
@@ -20,9 +19,10 @@ def check_output(plan: OutputPlan, folder: Path) -> None:
     for number, file in enumerate(plan.data):
         found = check(folder / file.name)
         expected = {
-            (part_name(tensor.name, part), place.offset, place.part.nbytes)
+            (name, place.offset, place.part.nbytes)
             for tensor in plan.tensors
-            for part, place in tensor.places.items()
+            for part in tensor.places
+            for name, place in tensor.stored(part)
             if place.file == number
         }
         if missing := expected - found:

@@ -12,17 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlxedge.plan import DataFile, Place, PlannedTensor, place_parts
+from mlxedge.plan import DataFile, PlannedTensor, place_parts
 
 SHARD_BYTES = 5 << 30
 _DTYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16", "u32": "U32", "u8": "U8"}
-
-
-def part_name(tensor: str, part: str) -> str:
-    """The stored name of a part: ``X.weight`` keeps its name, its scales become ``X.scales``."""
-    if part == "weight":
-        return tensor
-    return tensor.removesuffix("weight") + part
 
 
 @dataclass(frozen=True)
@@ -57,25 +50,28 @@ def lay_out(
             name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
         offset = 0
         entries: dict[str, Any] = {"__metadata__": metadata}
-        pending: list[tuple[PlannedTensor, list[Place]]] = []
+        pending: list[PlannedTensor] = []
         for tensor in group:
             parts = tensor.encoding.parts(tensor.shape)
             places, end = place_parts(parts.values(), offset, number, 1)
-            for part, place in zip(parts, places, strict=True):
-                stored = part_name(tensor.name, part)
-                weight_map[stored] = name
-                entries[stored] = {
-                    "dtype": _DTYPE[place.part.dtype],
-                    "shape": list(place.part.shape),
-                    "data_offsets": [place.offset, place.offset + place.part.nbytes],
-                }
-            pending.append((tensor, places))
+            made = replace(tensor, places=dict(zip(parts, places, strict=True)))
+            for part in parts:
+                for stored, place in made.stored(part):
+                    weight_map[stored] = name
+                    entries[stored] = {
+                        "dtype": _DTYPE[place.part.dtype],
+                        "shape": list(place.part.shape),
+                        "data_offsets": [place.offset, place.offset + place.part.nbytes],
+                    }
+            pending.append(made)
             offset = end
         header = _header(entries)
-        for tensor, places in pending:
-            shifted = [replace(p, offset=p.offset + len(header)) for p in places]
-            names = tensor.encoding.parts(tensor.shape)
-            placed.append(replace(tensor, places=dict(zip(names, shifted, strict=True))))
+        for tensor in pending:
+            shifted = {
+                part: replace(place, offset=place.offset + len(header))
+                for part, place in tensor.places.items()
+            }
+            placed.append(replace(tensor, places=shifted))
         files.append(DataFile(name, header, len(header) + offset))
         total += offset
 

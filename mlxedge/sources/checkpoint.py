@@ -8,7 +8,7 @@ everything after this point knows one kind of model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,26 @@ class SourceTensor:
 
     def read(self) -> Parts:
         return self.read_rows(0, self.rows)
+
+
+def stacked(name: str, tensors: Sequence[SourceTensor]) -> SourceTensor:
+    """Tensors of one shape and one encoding as one: ``[len(tensors), *shape]``."""
+    first = tensors[0]
+
+    def read_rows(start: int, stop: int) -> Parts:
+        import numpy as np
+
+        found = []
+        for index in range(start // first.rows, -(-stop // first.rows)):
+            base = index * first.rows
+            found.append(
+                tensors[index].read_rows(max(start - base, 0), min(stop - base, first.rows))
+            )
+        if len(found) == 1:
+            return found[0]
+        return {part: np.concatenate([one[part] for one in found]) for part in found[0]}
+
+    return SourceTensor(name, (len(tensors), *first.shape), first.encoding, read_rows)
 
 
 @dataclass(frozen=True)

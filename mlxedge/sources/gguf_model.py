@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,19 @@ def open_gguf(
     """Open a GGUF file.
 
     Raises CorruptFileError, UnsupportedModelError (an unknown architecture, a tensor that the
-    architecture does not have, one part of a split file) and UnsupportedEncodingError.
+    architecture does not have, one part of a split file, no model at all) and
+    UnsupportedEncodingError.
     """
     gguf = read_gguf(path, open_file)
     _refuse_split(gguf)
     arch = _text(gguf, "general.architecture")
+    if arch is None and _text(gguf, "general.type") == "imatrix":
+        raise UnsupportedModelError(
+            f"{path} is an imatrix file, not a model: give it to convert --calibrate"
+        )
     if arch is None:
         raise CorruptFileError(path, "the metadata has no general.architecture")
-    spec = spec_for_gguf(arch)
+    spec = spec_for_gguf(arch, gguf.metadata)
     file = open_file(path)
     try:
         extra = {t.name: _floats(file, t) for t in gguf.tensors if t.name in spec.gguf_only}
@@ -172,6 +178,8 @@ def _tensors(
                 f"{file.path}: tensor {shown(tensor.name)} is {tensor.encoding}; weights must be "
                 f"{', '.join(PLAIN)} or a ggml block type"
             )
+        if spec.rank(name) == 2 and len(tensor.shape) == 1:
+            tensor = replace(tensor, shape=(1, *tensor.shape))  # ggml counts no leading one
         tensors[name] = _source_tensor(file, tensor, name, order, config)
     if unknown:
         raise UnsupportedModelError(

@@ -1,4 +1,5 @@
-"""Statistics of activations against transformers, whose hooks show the same inputs."""
+"""Statistics of activations against transformers, whose hooks show the same inputs, and against
+what llama-imatrix wrote."""
 
 from __future__ import annotations
 
@@ -7,13 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.tiny import write_tiny_llama
+from oracles.checkpoints import write_checkpoint
+from oracles.gguf_models import write_gguf_model
+from oracles.tiny import SENTENCES, write_tiny_llama
 
-from mlxedge.calibration.collect import collect
-from mlxedge.calibration.texts import Sample
+import mlxedge
+from mlxedge.calibration.collect import calibrate, collect
+from mlxedge.calibration.imatrix import read_imatrix
+from mlxedge.calibration.statistics import FEWEST_TOKENS
+from mlxedge.calibration.texts import Sample, sample
+from mlxedge.layers import LayerRunner
 from mlxedge.prepare import prepare
 from mlxedge.sources import open_source
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "imatrix"
 IDS = np.random.default_rng(0).integers(3, 512, (3, 160))
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -59,11 +67,87 @@ def test_sums_and_hessians(name: str, tmp_path: Path) -> None:
     for one in found:
         for matrix in one.names:
             x = expected[matrix].astype(np.float64)
-            assert one.count == len(x)
-            np.testing.assert_allclose(one.sums, (x * x).sum(0), rtol=1e-4)
-            assert one.hessian is not None
+            assert one.statistics.total == len(x)
+            np.testing.assert_allclose(one.statistics.sums[0], (x * x).sum(0), rtol=1e-4)
+            assert one.hessians is not None
             hessian = x.T @ x / len(x)
-            np.testing.assert_array_equal(one.hessian, one.hessian.T)
+            np.testing.assert_array_equal(one.hessians[0], one.hessians[0].T)
             # A correlation may be zero: errors count against the columns that it is of.
             size = np.sqrt(np.outer(hessian.diagonal(), hessian.diagonal()))
-            assert (np.abs(one.hessian - hessian) / size).max() < 1e-4
+            assert (np.abs(one.hessians[0] - hessian) / size).max() < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_each_expert_has_sums_and_a_hessian(model_type: str, tmp_path: Path) -> None:
+    """Against what a watch of the layers sees, summed here; and what does not go through experts
+    against transformers."""
+    count = "num_local_experts" if model_type == "mixtral" else "num_experts"
+    folder = write_checkpoint(tmp_path / "model", model_type, num_experts_per_tok=1, **{count: 24})
+    expected = inputs_by_transformers(folder, IDS)
+    inputs: dict[tuple[str, int], list[np.ndarray]] = {}
+
+    def watch(names: tuple[str, ...], x: np.ndarray, expert: int, experts: int) -> None:
+        for name in names:
+            inputs.setdefault((name, expert), []).append(x.astype(np.float64))
+
+    with open_source(folder) as opened:
+        checkpoint = prepare(opened)[1]
+        with LayerRunner(checkpoint, IDS, 1) as runner:
+            runner.run(watch)
+        sample = Sample(IDS, "random", "", IDS.size, False)
+        found = [
+            one for one in collect(checkpoint, sample, hessians=True) if "layers" in one.names[0]
+        ]
+    stacks = 0
+    for one in found:
+        statistics, hessians = one.statistics, one.hessians
+        assert hessians is not None
+        for name in one.names:
+            # Both name a matrix alike, but for the experts and Mixtral's router.
+            if name in expected:
+                x = expected[name].astype(np.float64)
+                np.testing.assert_allclose(statistics.sums[0], (x * x).sum(0), rtol=1e-4)
+            empty = [np.zeros((0, statistics.sums.shape[1]))]
+            seen = [np.concatenate(inputs.get((name, e), empty)) for e in range(statistics.experts)]
+            assert [len(x) for x in seen] == statistics.counts.tolist()
+            everyone = np.concatenate(seen)
+            for x, sums, hessian in zip(seen, statistics.sums, hessians, strict=True):
+                np.testing.assert_allclose(sums, (x * x).sum(0), rtol=1e-5)
+                judged = x if len(x) >= FEWEST_TOKENS or len(seen) == 1 else everyone
+                np.testing.assert_allclose(
+                    hessian, judged.T @ judged / len(judged), rtol=1e-3, atol=1e-4
+                )
+            stacks += len(seen) > 1
+    assert stacks == 2 * 3
+    few = np.concatenate([one.statistics.few for one in found])
+    assert few.any()
+    assert not few.all()
+
+
+@pytest.mark.parametrize("model", ["dense", "experts"])
+def test_a_calibration_is_that_of_llama_imatrix(model: str, tmp_path: Path) -> None:
+    """tests/golden/make_imatrix.py made its files of these models and this text."""
+    path = tmp_path / f"{model}.gguf"
+    if model == "dense":
+        folder = write_tiny_llama(tmp_path / "tiny", layers=1, hidden=128, intermediate=256)
+        mlxedge.convert(folder, "gguf:f32", path)
+    else:
+        write_gguf_model(path, experts=4, hidden=64, intermediate=32, heads=2)
+    (tmp_path / "text.txt").write_text(SENTENCES, encoding="utf-8")
+    with open_source(path) as opened:
+        spec, checkpoint = prepare(opened)
+        golden = read_imatrix(GOLDEN / f"{model}.gguf", spec)
+        taken = sample(
+            checkpoint, SENTENCES, tokens=golden.tokens, context=golden.context, name="text.txt"
+        )
+        ours = calibrate(checkpoint, taken)
+    assert golden.tokens == ours.tokens
+    known = set(golden.tensors) & set(ours.tensors)
+    # llama-imatrix leaves the head out unless told otherwise.
+    assert set(ours.tensors) - known <= {"lm_head.weight", "model.embed_tokens.weight"}
+    assert set(golden.tensors) == known
+    for name in known:
+        one, other = ours.tensors[name], golden.tensors[name]
+        # A router's choice may be a near-tie, which another order of sums decides otherwise.
+        assert np.abs(one.counts - other.counts).sum() <= 4
+        np.testing.assert_allclose(one.sums, other.sums, rtol=2e-3, atol=5e-3 * other.sums.max())

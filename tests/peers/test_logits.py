@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles.checkpoints import write_checkpoint
 from oracles.llama_cpp import LlamaCpp
 from oracles.tiny import write_tiny_llama
 
 import mlxedge
+from mlxedge.errors import UnsupportedModelError
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -27,7 +29,7 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
-#: Name → arguments of ``write_tiny_llama``. A new architecture adds its line here.
+#: Name → arguments of ``write_tiny_llama``.
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-untied-biases": {"tied": False, "attention_bias": True, "kv_heads": 4},
@@ -42,16 +44,38 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1e6},
     "qwen3-new-keys": {"model_type": "qwen3", "tied": False, "rope": {"rope_theta": 1e6}},
 }
+#: Name → model_type and settings of a checkpoint that transformers saves. A new architecture adds
+#: its line here.
+SAVED: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral"},
+    "mixtral-one-of-five": {
+        "model_type": "mixtral",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 1,
+        "tie_word_embeddings": True,
+    },
+    "qwen2_moe": {"model_type": "qwen2_moe"},
+    "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 24},
+    "qwen3_moe-all-of-four": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 4,
+        "tie_word_embeddings": True,
+    },
+}
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 96)]
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS)
+@pytest.fixture(scope="module", params=[*CHECKPOINTS, *SAVED])
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, np.ndarray]:
     """A folder with the checkpoint and everything made from it, and the true logits."""
     home = tmp_path_factory.mktemp(request.param)
-    folder = write_tiny_llama(home / "source", **CHECKPOINTS[request.param])
+    if request.param in SAVED:
+        folder = write_checkpoint(home / "source", **SAVED[request.param])
+    else:
+        folder = write_tiny_llama(home / "source", **CHECKPOINTS[request.param])
     mlxedge.convert(folder, ["gguf:f32", "mlx:f32"], home)
     mlxedge.convert(home / "source-F32.gguf", "hf:f32", home / "from-gguf")
     mlxedge.convert(home / "source-mlx-f32", "hf:f32", home / "from-mlx")
@@ -103,3 +127,58 @@ def test_logits_agree(case: tuple[Path, np.ndarray], program: Callable[[Path], n
     found = program(home)
     assert found.shape == truth.shape
     assert np.abs(found - truth).max() <= 1e-4 * np.abs(truth).max()
+
+
+#: What transformers computes and one of the runtimes does not: type, settings, and of the runtime
+#: that refuses the reason.
+PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "qwen3_moe-dense-between": (
+        {"model_type": "qwen3_moe", "num_hidden_layers": 4, "decoder_sparse_step": 2},
+        {"gguf": "llama.cpp has experts in every layer"},
+    ),
+    "qwen3_moe-first-dense": (
+        {"model_type": "qwen3_moe", "mlp_only_layers": [0], "norm_topk_prob": False},
+        {"gguf": "llama.cpp's qwen3moe always normalises scores"},
+    ),
+    "qwen2_moe-first-dense": (
+        {"model_type": "qwen2_moe", "mlp_only_layers": [0], "norm_topk_prob": True},
+        {"gguf": "llama.cpp has experts in every layer", "mlx": "mlx-lm has experts in every"},
+    ),
+    "qwen2_moe-linear": (
+        {"model_type": "qwen2_moe", "rope_parameters": {**LINEAR, "rope_theta": 1e4}},
+        {"mlx": "mlx-lm's qwen2_moe has no linear rope scaling"},
+    ),
+    "qwen2_moe-tied": (
+        {"model_type": "qwen2_moe", "tie_word_embeddings": True},
+        {"gguf": "tied embeddings", "mlx": "tied embeddings"},
+    ),
+    "mixtral-llama3": (
+        {"model_type": "mixtral", "rope_parameters": {**LLAMA3, "rope_theta": 1e5}},
+        {"mlx": "mlx-lm's mixtral has no llama3 rope scaling"},
+    ),
+    "mixtral-head-dim": (
+        {"model_type": "mixtral", "head_dim": 48},
+        {"mlx": "needs heads that add up"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_what_one_runtime_cannot_compute(name: str, tmp_path: Path) -> None:
+    """It is refused with the reason, and the other runtime and ours agree with transformers."""
+    settings, refused = PARTIAL[name]
+    folder = write_checkpoint(tmp_path / "source", **settings)
+    truth = transformers_logits(folder)
+    found = {"ours": our_logits("source")(tmp_path)}
+    for kind, (program, path) in {
+        "gguf": (llama_cpp_logits, "source-F32.gguf"),
+        "mlx": (mlx_lm_logits, "source-mlx-f32"),
+    }.items():
+        if kind in refused:
+            with pytest.raises(UnsupportedModelError, match=refused[kind]):
+                mlxedge.convert(folder, f"{kind}:f32", tmp_path / path)
+        else:
+            mlxedge.convert(folder, f"{kind}:f32", tmp_path / path)
+            found[kind] = program(tmp_path)
+    for logits in found.values():
+        assert np.abs(logits - truth).max() <= 1e-4 * np.abs(truth).max()

@@ -74,7 +74,7 @@ def test_a_resumed_run_computes_no_hessian_that_nobody_asks_for(
 
     def spy(*arguments: Any) -> list[collect.Collected]:
         found = real(*arguments)
-        made.extend(one.names[0] for one in found if one.hessian is not None)
+        made.extend(one.names[0] for one in found if one.hessians is not None)
         return found
 
     monkeypatch.setattr(collect, "collect_layer", spy)

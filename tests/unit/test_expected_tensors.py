@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from oracles.checkpoints import write_checkpoint
 from oracles.tiny import write_tiny_llama
 from safetensors.numpy import load_file, save_file
 
@@ -17,6 +18,7 @@ from mlxedge.conversion import convert, plan_conversion
 from mlxedge.errors import CorruptFileError, MlxedgeError, UnsupportedModelError, UsageError
 from mlxedge.models import known_model_types, normalise, spec_for
 from mlxedge.plan import Plan
+from mlxedge.prepare import prepare
 from mlxedge.sources import open_source
 from mlxedge.sources.checkpoint import Checkpoint
 from mlxedge.sources.folder import read_base_model
@@ -25,6 +27,7 @@ from mlxedge.targets import parse_target
 Weights = dict[str, np.ndarray]
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
+EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FORMATS = ("gguf:q8_0", "mlx:4bit", "hf:f32")
 
@@ -108,23 +111,71 @@ def test_tensors_beyond_the_model_are_refused(
 
 
 @pytest.mark.parametrize("model_type", known_model_types())
-def test_expected_tensors_are_those_of_transformers(model_type: str) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 80,
-    }  # fmt: skip
+def test_expected_tensors_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
+    settings = {"head_dim": 48} if model_type not in ("qwen2", "qwen2_moe") else {}
     if model_type == "llama":
         settings |= {"attention_bias": True, "mlp_bias": True}
-    if model_type == "qwen2":
-        settings["head_dim"] = 16
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
-    theirs = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    config = normalise({"model_type": model_type, **settings}, theirs)
-    assert spec_for(config).expected(config) == theirs
+    if model_type.endswith("_moe"):
+        settings |= {"mlp_only_layers": [1]}
+    folder = write_checkpoint(tmp_path / "saved", model_type, **settings)
+    with open_source(folder) as opened:
+        spec, checkpoint = prepare(opened)
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        assert spec.expected(checkpoint.config) == shapes
+        # And back: by the names that transformers gave them.
+        stored = [n for name, shape in shapes.items() for n in spec.to_stored(name, shape[0])]
+        assert sorted(stored) == sorted(opened.tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (lambda w: w.pop(EXPERT.format(2)), CorruptFileError, "down_proj.weight has no expert 2"),
+        (lambda w: w.pop(EXPERT.format(3)), CorruptFileError, r"is \[3, .* should be \[4, "),
+        (
+            lambda w: w.update({EXPERT.format(1): w[EXPERT.format(1)][:-1]}),
+            CorruptFileError,
+            "has experts that differ",
+        ),
+        (
+            lambda w: w.update({EXPERT.format(0): w[EXPERT.format(0)].astype(np.float16)}),
+            CorruptFileError,
+            "has experts that differ",
+        ),
+    ],
+    ids=["one missing", "last missing", "shape", "dtype"],
+)
+def test_experts_that_are_not_whole_are_refused(
+    tmp_path: Path, change: Callable[[Weights], Any], error: type[MlxedgeError], says: str
+) -> None:
+    folder = write_checkpoint(tmp_path / "saved", "mixtral")
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(error, match=says):
+        plan(folder, "mlx:4bit")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_local_experts": 0}, r"num_experts \('0'\)"),
+        ({"num_local_experts": None}, "num_experts"),
+        ({"num_experts_per_tok": 9}, "exceeds num_experts"),
+        ({"num_experts_per_tok": "2"}, "num_experts_per_tok"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ({"moe_intermediate_size": -1}, "moe_intermediate_size"),
+    ],
+)
+def test_experts_that_make_no_sense_are_refused(
+    tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
+    folder = write_checkpoint(tmp_path / "saved", "qwen3_moe")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | config), "utf-8")
+    with pytest.raises(UnsupportedModelError, match=says):
+        plan(folder, "mlx:4bit")
 
 
 @pytest.mark.parametrize(
