@@ -12,6 +12,7 @@ of threads.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import tempfile
 from collections.abc import Callable, Iterator
@@ -61,7 +62,8 @@ class HiddenStates:
         if count * self._bytes <= memory_bytes:
             self._array = np.zeros((count, length, width), np.float32)
         else:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            with self._os_errors():
+                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
 
     def read(self, index: int) -> np.ndarray:
         """A copy of one sequence's states."""
@@ -80,9 +82,14 @@ class HiddenStates:
             return
         self._file.seek(index * self._bytes)
         view = np.ascontiguousarray(states, np.float32).data.cast("B")
-        try:
+        with self._os_errors():
             while view:
                 view = view[self._file.write(view) :]
+
+    @contextlib.contextmanager
+    def _os_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise (DiskFullError if full else OutputError)(

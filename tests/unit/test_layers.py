@@ -14,7 +14,13 @@ import pytest
 from oracles.tiny import write_tiny_llama
 
 from mlxedge.encodings import F32, GGML, Affine, Encoding
-from mlxedge.errors import BadWeightsError, CorruptFileError, DiskFullError, UsageError
+from mlxedge.errors import (
+    BadWeightsError,
+    CorruptFileError,
+    DiskFullError,
+    OutputError,
+    UsageError,
+)
 from mlxedge.layers import LayerRunner
 from mlxedge.models.decoder import Decoder
 from mlxedge.ops import Parts, load_reference
@@ -152,6 +158,8 @@ def test_no_room_for_hidden_states_is_one_error(checkpoint: Checkpoint, tmp_path
         runner.states._file = Full()
         with pytest.raises(DiskFullError, match="230400 bytes of hidden states cannot be kept"):
             runner.run()
+    with pytest.raises(OutputError, match=r"hidden states cannot be kept among the temp.* No such"):
+        LayerRunner(checkpoint, IDS, 1, folder=tmp_path / "nowhere", memory_bytes=0)
 
 
 def test_taps_show_what_goes_into_each_matrix(checkpoint: Checkpoint) -> None:
