@@ -310,9 +310,10 @@ def _check_disk(plan: Plan) -> None:
         _, so_far = needed.get(device, (parent, 0))
         needed[device] = (parent, so_far + max(0, output.nbytes - have))
     for parent, size in needed.values():
-        free = shutil.disk_usage(parent).free
-        if size > free:
+        total, _, free = shutil.disk_usage(parent)
+        # One of no size at all does not tell, as /proc: writing will.
+        if size > free and total:
             raise DiskFullError(
-                f"{parent}: the outputs need {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: "
+                f"{parent}: the outputs need {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free: "
                 "free some space, or choose fewer targets or another -o"
             )

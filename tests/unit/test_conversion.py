@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from oracles.tiny import write_tiny_llama
 from safetensors.numpy import load_file, save_file
 
 import mlxedge
-from mlxedge.errors import BadWeightsError, OutputExistsError, UsageError
+from mlxedge.errors import BadWeightsError, DiskFullError, OutputExistsError, UsageError
 from mlxedge.outputs.staging import Staging, partial_dir
 
 TARGETS = ["gguf:q8_0", "mlx:4bit", "gguf:q4_k_m"]
@@ -169,6 +170,16 @@ def test_arguments_that_make_no_sense(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="threads"):
         mlxedge.convert(tiny, "mlx:4bit", tmp_path / "m", threads=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_asked_for_where_the_file_system_tells(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (10**9, 10**9, 10**6))
+    with pytest.raises(DiskFullError, match=r"need 0.00\d+ GB and 0.001 GB are free: free some"):
+        mlxedge.convert(tiny, "gguf:q8_0", tmp_path / "m.gguf", calibrate=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (0, 0, 0))
+    mlxedge.convert(tiny, "gguf:q8_0", tmp_path / "m.gguf", calibrate=False)
 
 
 @pytest.mark.parametrize("target", ["hf:f32", "mlx:f32", "gguf:f32"])
