@@ -47,13 +47,19 @@ def read_imatrix(path: str | Path, spec: ModelSpec) -> Calibration:
     file. ``Statistics.sums / counts`` is what llama-quantize takes for the importance of a column.
     The older format counts chunks, here of 512 tokens.
 
-    Raises CorruptFileError, with the byte offset where there is one, for anything else.
+    Raises UsageError for a model, and CorruptFileError, with the byte offset where there is one,
+    for anything else.
     """
     path = Path(path)
     file = RandomAccessFile(path)
     try:
         if file.size >= 4 and file.read(4, 0) == MAGIC:
             head = read_gguf(path)
+            if DATASETS not in head.metadata and "general.architecture" in head.metadata:
+                raise UsageError(
+                    f"{path} is a model, not an imatrix file: give what mlxedge calibrate or "
+                    "llama-imatrix wrote, or a text"
+                )
             entries = _gguf_entries(file, head)
             texts, count, size = _metadata(head)
             digest = head.metadata.get(TEXT_SHA256)
@@ -226,7 +232,7 @@ class _Legacy:
             chunks = self.i32(f"the chunks of {shown(name)}", -(1 << 31))
             size = 4 * self.i32(f"the number of values of {shown(name)}", 1)
             values = np.frombuffer(self.take(size, shown(name)), "<f4").astype(np.float32)
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 sums = values[None] * np.float32(_LEGACY_CHUNK)
             sums = _checked(self.file.path, name, sums, self.at - size)
             found[name] = Statistics(sums, np.array([max(1, chunks) * _LEGACY_CHUNK], np.int64))

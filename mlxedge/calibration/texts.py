@@ -68,7 +68,7 @@ def default_texts(varied: bool = False) -> dict[str, str]:
 
 
 def read_text(file: Path) -> str:
-    """A text given by the user. Raises UsageError unless it is UTF-8, and not empty."""
+    """A text given by the user. Raises UsageError unless it is UTF-8 without NUL, and not empty."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -76,7 +76,9 @@ def read_text(file: Path) -> str:
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
     if not text.strip():
-        raise UsageError(f"{file} is empty: there is nothing to calibrate on")
+        raise UsageError(f"{file} is empty: there is no text to run")
+    if (at := text.find("\0")) >= 0:
+        raise UsageError(f"{file} is no text: character {at} is NUL")
     return text
 
 
@@ -171,10 +173,10 @@ def sample(
     if not taken or (
         isinstance(tokens, int) and (available < tokens or len(taken) < wanted // chunk)
     ):
-        asked, way = (wanted, "fewer tokens") if taken else (chunk, "a smaller context")
+        way = ", or fewer tokens" if taken else "" if context is None else ", or a smaller context"
         raise UsageError(
-            f"{' and '.join(texts)}: {available} tokens, and {asked} are asked for: give a longer "
-            f"text, or {way}"
+            f"{' and '.join(texts)}: {available} tokens, and {wanted if taken else chunk} are "
+            f"asked for: give a longer text{way}"
         )
     rows = np.array(taken, np.int64)
     if bos is not None:

@@ -17,6 +17,8 @@ class Tokens(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "all":
             return value
+        if not str(value).lstrip("-").isdecimal():
+            self.fail(f"{value!r} is neither a number of tokens nor all", param, ctx)
         return click.IntRange(min=1).convert(value, param, ctx)
 
 

@@ -56,11 +56,15 @@ def command(
     """
     from contextlib import ExitStack
 
+    from mlxedge.calibration.texts import read_text
     from mlxedge.cli import ui
+    from mlxedge.engines import mlx_lm_engine
     from mlxedge.evaluate import evaluate
     from mlxedge.sources import open_source
 
-    passage = None if text is None else _read(text)
+    passage = None if text is None else read_text(text)
+    if engine == "mlx" and mlx_lm_engine.on_processor():
+        ui.warn("MLX has no GPU here, where mlx-lm is very slow: --engine numpy takes less time")
     with ExitStack() as stack:
         with ui.file_progress() as downloads:
             opened = [
@@ -83,15 +87,6 @@ def command(
         ui.print_json({"text": None if text is None else str(text), **_plain(asdict(found))})
     else:
         _show(found)
-
-
-def _read(file: Path) -> str:
-    from mlxedge.errors import UsageError
-
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 (byte {error.start})") from None
 
 
 def _plain(value: Any) -> Any:

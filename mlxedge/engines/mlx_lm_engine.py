@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 _CHUNK = 512
 
 
+def on_processor() -> bool:
+    """Whether MLX is here, and computes without a GPU."""
+    if importlib.util.find_spec("mlx") is None:
+        return False
+    import mlx.core as mx
+
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
 @dataclass
 class MlxState:
     """mlx-lm's cache of a sequence. ``length`` counts what may be relied on."""

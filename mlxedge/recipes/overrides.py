@@ -139,8 +139,7 @@ class Overrides:
                 continue
             what = f"--tensor {rule}: {form} has no matrix with such a name"
             if len(rule.type.formats) == 1:
-                example = f", such as {names[-1]}" if names else ""
-                raise UsageError(f"{what}; names are{example}" if example else what)
+                raise UsageError(f"{what}; its names are like {names[-1]}" if names else what)
             notes.append(what)
         return notes
 

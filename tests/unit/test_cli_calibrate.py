@@ -11,7 +11,9 @@ from click.testing import CliRunner, Result
 from mlxedge.calibration.imatrix import read_imatrix
 from mlxedge.calibration.store import hessian_folder
 from mlxedge.cli import main
+from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.llama import SPEC
+from mlxedge.sources import open_source
 from mlxedge.texts import HELDOUT
 
 
@@ -50,7 +52,7 @@ def test_a_text_of_ones_own(tiny: Path, tmp_path: Path, tokens: str, counted: in
     [
         (["--text", HELDOUT], 2, "heldout.txt is the text that mlxedge evaluate measures with"),
         (["--tokens", "0"], 2, "Invalid value for '--tokens'"),
-        (["--tokens", "some"], 2, "Invalid value for '--tokens'"),
+        (["--tokens", "some"], 2, "'--tokens': 'some' is neither a number of tokens nor all"),
         (["--tokens", "10000000"], 2, "give a longer text, or fewer tokens"),
         (["--text", "no such file"], 2, "does not exist"),
     ],
@@ -64,6 +66,27 @@ def test_refusals_are_one_line(
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_with_nul_is_none_for_any_command(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a few words\0" * 500, "utf-8")
+    for command in (
+        ["calibrate", tiny, "-o", tmp_path / "imatrix.gguf", "--text", text],
+        ["evaluate", tiny, "--text", text],
+    ):
+        done = CliRunner().invoke(main, list(map(str, command)))
+        assert done.exit_code == 2
+        assert done.stderr == f"error: {text} is no text: character 11 is NUL\n"
+
+
+def test_an_imatrix_is_no_model(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "imatrix.gguf"
+    assert calibrate(tiny, "-o", out).exit_code == 0
+    with pytest.raises(
+        UnsupportedModelError, match=r"an imatrix file, not a model: give it to con"
+    ):
+        open_source(out)
 
 
 def test_what_exists_is_kept(tiny: Path, tmp_path: Path) -> None:

@@ -205,15 +205,28 @@ def test_what_is_refused(tiny: Path, imatrix: Path, tmp_path: Path) -> None:
     short, binary = tmp_path / "short.txt", tmp_path / "imatrix.dat"
     short.write_text("A few words.")
     binary.write_bytes(b"\1\0\0\0\4\0\0\0abc")
+    nul, model = tmp_path / "nul.txt", tmp_path / "model.gguf"
+    nul.write_text("x" * 5000 + "\0")
+    mlxedge.convert(tiny, "gguf:q8_0", model, calibrate=False)
     alone = tmp_path / "alone.gguf"
     alone.write_bytes(imatrix.read_bytes())
     other = write_tiny_llama(tmp_path / "other", hidden=128, intermediate=256)
     for settings, error, problem in (
-        ({"calibrate": short}, UsageError, r"short.txt: \d+ tokens, and 512 are asked"),
+        (
+            {"calibrate": short},
+            UsageError,
+            r"short.txt: \d+ tokens, and 512 are asked for: give a longer text$",
+        ),
         ({"calibrate": HELDOUT}, UsageError, "calibrate on another one"),
         ({"calibrate": tmp_path}, UsageError, "is a folder: give a text"),
         ({"calibrate": tmp_path / "none"}, UsageError, "cannot be read"),
-        ({"calibrate": binary}, CorruptFileError, "imatrix.dat: neither a text in UTF-8 nor"),
+        ({"calibrate": model}, UsageError, "model.gguf is a model, not an imatrix file: give what"),
+        ({"calibrate": nul}, UsageError, "nul.txt is no text: character 5000 is NUL"),
+        (
+            {"calibrate": binary},
+            CorruptFileError,
+            r"imatrix.dat: neither a text \(UTF-8 without NUL\) nor",
+        ),
         ({"calibrate": alone, "quality": "best"}, UsageError, "quality best needs Hessians"),
         ({"calibrate": False, "quality": "best"}, UsageError, "needs a calibration"),
         ({"quality": "good"}, UsageError, "unknown quality 'good'"),

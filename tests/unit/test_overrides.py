@@ -143,7 +143,7 @@ def targets(*specs: str) -> list[Target]:
 
 def test_a_rule_that_matches_nothing() -> None:
     names = ["blk.0.ffn_down.weight"]
-    with pytest.raises(UsageError, match="no matrix with such a name; names are, such as blk"):
+    with pytest.raises(UsageError, match="no matrix with such a name; its names are like blk"):
         parse_overrides(["down_proj=q6_k"]).unmatched("gguf", names)
     assert parse_overrides(["down_proj=6bit", "ffn=q6_k"]).unmatched("gguf", names) == []
     (note,) = parse_overrides(["down_proj=bf16"]).unmatched("gguf", names)
