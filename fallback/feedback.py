@@ -109,25 +109,46 @@ def _upper_factor(hessian: np.ndarray) -> np.ndarray | None:
     """The upper triangular f32 V with V·Vᵀ = ``hessian``, or None if there is none."""
     factor = np.triu(hessian)
     for stop in range(len(factor), 0, -_BLOCK):
-        block = slice(max(0, stop - _BLOCK), stop)
-        right = factor[block, stop:]
-        square = factor[block, block].astype(np.float64)
-        square = np.triu(square) + np.triu(square, 1).T
-        square -= right @ right.T
-        try:
-            # Backwards, the lower factor of the reversed block is the upper one.
-            corner = np.linalg.cholesky(square[::-1, ::-1])[::-1, ::-1]
-        except np.linalg.LinAlgError:
-            return None
-        if not np.isfinite(corner).all() or corner.diagonal().min() <= 0:
+        first = max(0, stop - _BLOCK)
+        block = slice(first, stop)
+        # Few and large products: a BLAS shares each among threads, and waits for the last of them,
+        # which on busy processors takes far longer than a small product does.
+        known = factor[:stop, stop:] @ factor[block, stop:].T
+        corner = factor[block, block].astype(np.float64) - known[first:]
+        inverse = np.zeros_like(corner)
+        if not _factor_corner(corner, inverse):
             return None
         factor[block, block] = corner
-        inverse = np.linalg.inv(corner).T.astype(np.float32)
-        for start in range(0, block.start, _BLOCK):
-            above = slice(start, min(start + _BLOCK, block.start))
-            rest = factor[above, block] - factor[above, stop:] @ right.T
-            factor[above, block] = rest @ inverse
+        rest = factor[:first, block] - known[:first]
+        factor[:first, block] = rest @ inverse.T.astype(np.float32)
     return factor if np.isfinite(factor).all() else None
+
+
+@kernel
+def _factor_corner(corner: Any, inverse: Any) -> Any:
+    """Whether there is an upper triangular U with U·Uᵀ = ``corner``, f64 ``[n, n]`` of which the
+    upper triangle is read: then it is U, and ``inverse``, which was zeros, that of U."""
+    n = len(corner)
+    column = np.empty(n)
+    for j in range(n - 1, -1, -1):
+        if not 0.0 < corner[j, j] < np.inf:
+            return False
+        root = np.sqrt(corner[j, j])
+        corner[j, j] = root
+        corner[j, :j] = 0.0
+        for i in range(j):
+            column[i] = corner[i, j] / root
+        for i in range(j):
+            corner[i, j] = column[i]
+            for k in range(i, j):
+                corner[i, k] -= column[i] * column[k]
+    for i in range(n - 1, -1, -1):
+        inverse[i, i] = 1.0
+        for k in range(i + 1, n):
+            for j in range(k, n):
+                inverse[i, j] -= corner[i, k] * inverse[k, j]
+        inverse[i, i:] /= corner[i, i]
+    return True
 
 
 def encode(weights: np.ndarray, parts: Parts, encoding: Encoding, feedback: Feedback) -> Parts:
