@@ -31,7 +31,8 @@ from mlxedge.targets import Target, parse_target
 
 if TYPE_CHECKING:
     from mlxedge.ops import Quality
-    from mlxedge.pipeline import ProgressHook, Report
+    from mlxedge.pipeline import ProgressHook
+    from mlxedge.report import Report
     from mlxedge.sources.checkpoint import Checkpoint
 
 #: Weights handled at once by a thread; bounds memory (4 bytes each, a few copies).

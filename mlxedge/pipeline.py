@@ -11,10 +11,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxedge.encodings import Encoding
@@ -24,7 +23,8 @@ from mlxedge.models.layout import heads_of, rope_row_order_to_gguf
 from mlxedge.ops import Ops, Parts, Quality, load_ops, load_reference
 from mlxedge.outputs.gguf import without_imatrix
 from mlxedge.outputs.staging import Staging
-from mlxedge.plan import OutputPlan, Plan, PlannedTensor
+from mlxedge.plan import Plan, PlannedTensor
+from mlxedge.report import OutputResult, Report, TensorResult
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,74 +38,6 @@ ProgressHook = Callable[[int, int, str], None]
 _LARGEST_F16 = 65504.0
 #: Below this a sum of squares in f32 may have lost what it is made of.
 _TINY = 1e-25
-
-
-@dataclass
-class TensorResult:
-    """Squared error and squared weights of a tensor, summed; ``error`` is their ratio's root."""
-
-    name: str
-    encoding: str
-    squared_error: float = 0.0
-    squared_weights: float = 0.0
-    #: The same, each column's squares multiplied by its importance; 0 where that is not known.
-    weighted_error: float = 0.0
-    weighted_weights: float = 0.0
-    #: "encode" if a part of the tensor could not keep its codes after all.
-    how: str = ""
-    quality: Quality = "reference"
-    nonfinite: bool = False
-
-    @property
-    def error(self) -> float:
-        """Relative root-mean-square error, 0 for a tensor of zeros."""
-        return _ratio([(self.squared_error, self.squared_weights)])
-
-    @property
-    def output_error(self) -> float | None:
-        """That of columns weighed by their importance, which estimates the relative error of what
-        the layer computes; ``None`` without a calibration."""
-        if not self.weighted_weights:
-            return None
-        return _ratio([(self.weighted_error, self.weighted_weights)])
-
-
-@dataclass
-class OutputResult:
-    """One finished output; ``seconds`` is the time its encoding took, shared among threads."""
-
-    plan: OutputPlan
-    tensors: list[TensorResult]
-    seconds: float
-    resumed: int = 0
-    record: Path | None = None
-
-    @property
-    def error(self) -> float:
-        """Relative root-mean-square error over all weights."""
-        return _ratio([(t.squared_error, t.squared_weights) for t in self.tensors])
-
-    @property
-    def output_error(self) -> float | None:
-        """That of what the calibrated layers compute, estimated; ``None`` without a calibration."""
-        sums = [(t.weighted_error, t.weighted_weights) for t in self.tensors if t.weighted_weights]
-        return _ratio(sums) if sums else None
-
-
-@dataclass
-class Report:
-    """What a conversion did. ``nonfinite`` names tensors with NaN or infinity that were allowed,
-    ``kept`` the outputs that an interrupted run had finished; ``calibration_seconds`` of
-    ``seconds`` went by while the model ran and what it showed was made ready for encoders."""
-
-    plan: Plan
-    backend: str
-    threads: int
-    outputs: list[OutputResult]
-    seconds: float
-    nonfinite: list[str] = field(default_factory=list)
-    kept: list[Path] = field(default_factory=list)
-    calibration_seconds: float = 0.0
 
 
 @dataclass
@@ -504,12 +436,6 @@ def _weighted_power(weights: np.ndarray, importance: np.ndarray | None) -> float
     with np.errstate(invalid="ignore", over="ignore"):
         columns = np.einsum("rc,rc->c", weights, weights, dtype=np.float64)
         return float(columns @ importance.astype(np.float64))
-
-
-def _ratio(sums: Iterable[tuple[float, float]]) -> float:
-    """The root of summed errors over summed weights."""
-    errors, weights = (math.fsum(column) for column in zip(*sums, strict=True))
-    return math.sqrt(errors / weights) if weights else 0.0
 
 
 def _power(weights: np.ndarray) -> float:

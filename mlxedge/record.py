@@ -26,7 +26,7 @@ from mlxedge.outputs.staging import Staging, os_errors
 from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
-    from mlxedge.pipeline import OutputResult, Report
+    from mlxedge.report import OutputResult, Report
     from mlxedge.sources.checkpoint import Checkpoint, Origin
 
 SCHEMA = 1

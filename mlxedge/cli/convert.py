@@ -12,8 +12,8 @@ from mlxedge.targets import known_targets, parse_target
 
 if TYPE_CHECKING:
     from mlxedge.ops import Quality
-    from mlxedge.pipeline import Report
     from mlxedge.plan import OutputPlan, Plan
+    from mlxedge.report import Report
 
 _EPILOG = "Targets: " + " ".join(known_targets()) + "; MLX groups of 32 or 128: mlx:4bit-g32."
 

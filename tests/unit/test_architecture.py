@@ -22,6 +22,7 @@ LAYERS = (
     {"models"},
     {"sources", "plan"},
     {"outputs", "engines", "prepare", "layers"},
+    {"report"},
     {"record", "calibration"},
     {"guidance"},
     {"pipeline", "generate"},

@@ -17,8 +17,8 @@ from mlxedge.calibration.run import calibrate_to_file
 from mlxedge.calibration.store import hessian_folder
 from mlxedge.errors import BadWeightsError, OutputExistsError, UsageError
 from mlxedge.guidance import Guidance, Guide
-from mlxedge.pipeline import Report
 from mlxedge.recipes.overrides import parse_overrides
+from mlxedge.report import Report
 from mlxedge.sources import open_source
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import mlxedge
 from mlxedge.cli import main
 from mlxedge.errors import BadWeightsError, CorruptFileError, UsageError
-from mlxedge.pipeline import Report
+from mlxedge.report import Report
 from mlxedge.sources import open_source
 from mlxedge.texts import HELDOUT
 
