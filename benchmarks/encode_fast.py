@@ -8,9 +8,9 @@ Ours searches with an importance for every column. The peers are in ``PEERS``: f
 ``mx.quantize`` on the CPU, which takes its scales from the range of the weights; for GGUF's
 ``ggml_quantize_chunk`` with the same importance, on f32 weights as it takes no others. Both run on
 one thread, in turn, on the same weights; the figure is the best of the rounds, in million weights a
-second. ``--threads 2`` also runs ours on so many threads, as convert does, each on a part of the
-rows, and shows how many times one thread's speed that is. The first call of ours, which compiles it
-unless numba's cache has it, is not counted. Needs mlxedge[mlx,test].
+second. ``--threads 2`` also runs ours on so many threads, each on chunks of rows as large as
+convert's, and shows how many times the speed of one such thread that is. The first call of ours,
+which compiles it unless numba's cache has it, is not counted. Needs mlxedge[mlx,test].
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from oracles import ggml
 
+from mlxedge.conversion import CHUNK_WEIGHTS
 from mlxedge.encodings import GGML, MLX_FLOAT, Affine, Encoding
 from mlxedge.encodings.mlx import AFFINE_BITS, AFFINE_GROUPS
 from mlxedge.ops import load_ops
@@ -85,6 +86,11 @@ PEERS: list[tuple[Callable[[str], Encoding], str, Callable[..., Side]]] = [
 ]
 
 
+def in_pool(encode: Callable[[np.ndarray], object], chunks: list[np.ndarray], count: int) -> None:
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(encode, chunks))
+
+
 def compare(
     weights: np.ndarray,
     importance: np.ndarray,
@@ -92,7 +98,6 @@ def compare(
     peer: str,
     make_peer: Callable[..., Side],
     rounds: int,
-    pool: ThreadPoolExecutor | None,
     threads: int,
 ) -> dict[str, str | float]:
     """Million weights a second of ours and of the peer, and ours in terms of the peer's."""
@@ -105,9 +110,11 @@ def compare(
         "ours": lambda: ours(weights),
         "theirs": make_peer(weights, importance, encoding),
     }
-    if pool is not None:
-        parts = np.array_split(weights, 8 * threads)
-        sides["threads"] = lambda: list(pool.map(ours, parts))
+    if threads > 1:
+        rows = max(1, CHUNK_WEIGHTS["numpy"] // weights.shape[1])
+        chunks = [weights[i : i + rows] for i in range(0, len(weights), rows)] * 4 * threads
+        for count in (1, threads):
+            sides[f"pool {count}"] = partial(in_pool, ours, chunks, count)
     best = dict.fromkeys(sides, float("inf"))
     for timed in (False, *[True] * rounds):
         for name, side in sides.items():
@@ -122,7 +129,7 @@ def compare(
         "ours": round(speed["ours"], 1),
         "theirs": round(speed["theirs"], 1),
         "ratio": round(speed["ours"] / speed["theirs"], 2),
-        **({"scaling": round(speed["threads"] / speed["ours"], 2)} if pool else {}),
+        **({"scaling": round(best["pool 1"] / best[f"pool {threads}"], 2)} if threads > 1 else {}),
     }
 
 
@@ -150,16 +157,15 @@ def main() -> None:
         print(title)
         print(f"{'encoding':20} {'mlxedge':>9} {'peer':>9} {'ratio':>7}  peer")
     rows = []
-    pool = ThreadPoolExecutor(options.threads) if options.threads > 1 else None
     for encoding, peer, side in cases:
         if options.only and encoding.name not in options.only:
             continue
-        row = compare(
-            weights, importance, encoding, peer, side, options.rounds, pool, options.threads
-        )
+        row = compare(weights, importance, encoding, peer, side, options.rounds, options.threads)
         rows.append(row)
         if not options.json:
-            scaling = f"  {options.threads} threads: {row['scaling']}x" if pool else ""
+            scaling = (
+                f"  {options.threads} threads: {row['scaling']}x" if options.threads > 1 else ""
+            )
             print(
                 f"{row['encoding']:20} {row['ours']:9.0f} {row['theirs']:9.0f} "
                 f"{row['ratio']:6.2f}x  {row['peer']}{scaling}",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint
 
 #: Weights handled at once by a thread; bounds memory (4 bytes each, a few copies).
-CHUNK_WEIGHTS = {"numpy": 1 << 18, "mlx": 1 << 24}
+CHUNK_WEIGHTS = {"numpy": 1 << 19, "mlx": 1 << 24}
 _CONFIG_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
