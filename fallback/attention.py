@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from mlxedge.fallback.activations import tanh
 from mlxedge.fallback.frame import (
     BUFFER,
     BUFFER_ROW,
     CAPACITY,
-    COS,
     COUNTERS,
     KV,
+    ROPES,
     SCRATCH,
     SCRATCH_BYTES,
-    SIN,
     START,
     STEP_SIGNATURE,
     THREADS,
@@ -52,61 +52,79 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 #: Fields of the steps of this module, after the function's address.
 (
     NUMBER, Q, K, V, OUT, LAYER, HEADS, KV_HEADS, HEAD_DIM, ROTATED, Q_NORM, K_NORM, EPSILON,
-    SCALE, WINDOW,
-) = (8 * i for i in range(1, 16))  # fmt: skip
+    SCALE, WINDOW, CAP, ROPE, NEIGHBOURS, NORM, NORM_ROW,
+) = (8 * i for i in range(1, 21))  # fmt: skip
+#: What the field NORM adds up: LayerNorm instead of RMSNorm, and after the rotation.
+LAYER_NORM, NORM_LAST = 1, 2
 
 
 @inline
-def _normalise(p: int, weight: int, size: int, epsilon: float) -> None:
-    """RMSNorm of ``size`` f32 at ``p``, in place."""
+def _normalise(p: int, weight: int, size: int, epsilon: float, kind: int) -> None:
+    """RMSNorm, or LayerNorm, of ``size`` f32 at ``p``, in place."""
+    mean = _ZERO
+    if kind & LAYER_NORM:
+        for d in range(size):
+            mean += get_f32(p + 4 * d)
+        mean /= np.float32(size)
     squares = _ZERO
     for d in range(size):
-        value = get_f32(p + 4 * d)
+        value = get_f32(p + 4 * d) - mean
         squares += value * value
     factor = _ONE / np.sqrt(squares / np.float32(size) + epsilon)
     for d in range(size):
-        put_f32(p + 4 * d, get_f32(weight + 4 * d) * (get_f32(p + 4 * d) * factor))
+        put_f32(p + 4 * d, get_f32(weight + 4 * d) * ((get_f32(p + 4 * d) - mean) * factor))
 
 
 @inline
-def _rotate(p: int, cos: int, sin: int, half: int) -> None:
-    """Rotate the two halves of ``2 · half`` f32 at ``p`` against each other, in place."""
+def _rotate(p: int, cos: int, sin: int, half: int, neighbours: int) -> None:
+    """Rotate the two halves of ``2 · half`` f32 at ``p`` against each other, in place, or each even
+    one against the next."""
+    apart, step = (1, 2) if neighbours else (half, 1)
     for d in range(half):
         c, s = get_f32(cos + 4 * d), get_f32(sin + 4 * d)
-        low, high = get_f32(p + 4 * d), get_f32(p + 4 * (d + half))
-        put_f32(p + 4 * d, low * c - high * s)
-        put_f32(p + 4 * (d + half), high * c + low * s)
+        q = p + 4 * d * step
+        low, high = get_f32(q), get_f32(q + 4 * apart)
+        put_f32(q, low * c - high * s)
+        put_f32(q + 4 * apart, high * c + low * s)
+
+
+@inline
+def _place(p: int, weight: int, step: int, cos: int, sin: int) -> None:
+    """Normalise, if there is a ``weight``, and rotate the head at ``p``, in either order."""
+    size, half, kind = get_i64(step + HEAD_DIM), get_i64(step + ROTATED) // 2, get_i64(step + NORM)
+    if weight != 0 and kind < NORM_LAST:
+        _normalise(p, weight, size, get_f32(step + EPSILON), kind)
+    _rotate(p, cos, sin, half, get_i64(step + NEIGHBOURS))
+    if weight != 0 and kind >= NORM_LAST:
+        _normalise(p, weight, size, get_f32(step + EPSILON), kind)
 
 
 def _keep(step: int, frame: int, thread: int) -> None:
     """Normalise and rotate q and k, and put k and v into the cache."""
     heads, kv_heads = get_i64(step + HEADS), get_i64(step + KV_HEADS)
-    size, rotated = get_i64(step + HEAD_DIM), get_i64(step + ROTATED)
-    half, padded = rotated // 2, (size + 15) // 16 * 16
+    size, half = get_i64(step + HEAD_DIM), get_i64(step + ROTATED) // 2
+    padded = (size + 15) // 16 * 16
     capacity = get_i64(frame + CAPACITY)
     table = get_i64(frame + KV) + 16 * get_i64(step + LAYER)
     keys, values = get_i64(table), get_i64(table + 8)
     q_norm, k_norm = get_i64(step + Q_NORM), get_i64(step + K_NORM)
-    epsilon = get_f32(step + EPSILON)
+    norm_row = get_i64(step + NORM_ROW)
+    tables = get_i64(frame + ROPES) + 16 * get_i64(step + ROPE)
+    cosines, sines = get_i64(tables), get_i64(tables + 8)
     every = heads + 2 * kv_heads
     for unit in range(thread, get_i64(frame + N) * every, get_i64(frame + THREADS)):
         i, h = unit // every, unit % every
         position = get_i64(frame + START) + i
-        cos = get_i64(frame + COS) + 4 * half * position
-        sin = get_i64(frame + SIN) + 4 * half * position
+        cos, sin = cosines + 4 * half * position, sines + 4 * half * position
         if h < heads:
             buffer = frame + get_i64(step + Q)
             p = get_i64(buffer + BUFFER) + i * get_i64(buffer + BUFFER_ROW) + 4 * size * h
-            if q_norm != 0:
-                _normalise(p, q_norm, size, epsilon)
-            _rotate(p, cos, sin, half)
+            _place(p, q_norm + norm_row * h, step, cos, sin)
         elif h < heads + kv_heads:
             h -= heads
             buffer = frame + get_i64(step + K)
             p = get_i64(buffer + BUFFER) + i * get_i64(buffer + BUFFER_ROW) + 4 * size * h
-            if k_norm != 0:
-                _normalise(p, k_norm, size, epsilon)
-            _rotate(p, cos, sin, half)
+            _place(p, k_norm + norm_row * h, step, cos, sin)
             block = h * (capacity // 16) + position // 16
             out = keys + 64 * size * block + 4 * (position % 16)
             for d in range(size):
@@ -138,6 +156,14 @@ def _softmax(scores: int, low: int, stop: int, first: int, last: int, scale: flo
     return _ONE / total(sums)
 
 
+@inline
+def _cap(scores: int, first: int, last: int, scale: float, cap: float) -> None:
+    """Turn scores into cap · tanh(scale · score / cap)."""
+    for p in range(first, last, 16):
+        v = load_f32(scores + 4 * p) * (scale / cap)
+        store_f32(scores + 4 * p, tanh(v) * cap)
+
+
 def _attend(step: int, frame: int, thread: int) -> None:
     """Attention of n new positions to all before them; a tile is up to four rows of queries that
     share a head of the cache: neighbouring positions, or the heads of a group at one position."""
@@ -148,6 +174,7 @@ def _attend(step: int, frame: int, thread: int) -> None:
     table = get_i64(frame + KV) + 16 * get_i64(step + LAYER)
     keys, values = get_i64(table), get_i64(table + 8)
     n, start, scale = get_i64(frame + N), get_i64(frame + START), get_f32(step + SCALE)
+    cap = get_f32(step + CAP)
     buffer = frame + get_i64(step + Q)
     q, q_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     buffer = frame + get_i64(step + OUT)
@@ -198,7 +225,11 @@ def _attend(step: int, frame: int, thread: int) -> None:
         for r in range(rows):
             here = position + stride * r
             low = max(0, here + 1 - window) if window > 0 else 0
-            weight = _softmax(scores + r * row_bytes, low, here + 1, first, last, scale)
+            row, factor = scores + r * row_bytes, scale
+            if cap > _ZERO:
+                _cap(row, first, last, scale, cap)
+                factor = _ONE
+            weight = _softmax(row, low, here + 1, first, last, factor)
             put_f32(mixed + _ROWS * mixed_row + 4 * r, weight)
         d = 0
         while d < padded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -70,20 +71,21 @@ _GROWTH = 4 * attention.SPAN
 class Runner:
     """Walks a tape. Safe to call from several threads, one pass at a time.
 
-    ``frequencies`` f64 ``[pairs]`` (radians per position) and ``amplitude`` (of cosine and sine)
-    are those of the rotary embedding; ``rows`` the most positions of one pass. ``result`` is the
-    buffer of the results, ``None`` for a tape that ends with hidden states.
+    ``ropes`` are the rotary embeddings that attention names by number: frequencies f64 ``[pairs]``
+    (radians per position) and an amplitude (of cosine and sine). ``rows`` is the most positions of
+    one pass, ``result`` the buffer of results, ``None`` for a tape that ends with hidden states.
     """
 
     def __init__(
         self, tape: Tape, team: Team, hidden: Buffer, result: Buffer | None,
-        frequencies: np.ndarray, amplitude: float, rows: int,
+        ropes: Sequence[tuple[np.ndarray, float]], rows: int,
     ) -> None:  # fmt: skip
         self.tape, self.team, self.rows = tape, team, rows
         self._hidden, self._result = hidden, result
         self._body, self._tail = tape.segments()
-        self._frequencies, self._amplitude = frequencies, amplitude
-        self._tables = np.zeros((2, 0, len(frequencies)), np.float32)
+        self._ropes, self._rotated = ropes, 0
+        self._tables: list[np.ndarray] = []
+        self._table_addresses = np.zeros((len(ropes), 2), np.int64)
         self._scratch = np.zeros(0, np.uint8)
         self._lock = threading.Lock()
         # A tile reads whole rows of positions and of heads beyond the last.
@@ -151,7 +153,7 @@ class Runner:
         for field, value in (
             (fr.N, n), (fr.START, start), (fr.TOKENS, tokens.ctypes.data),
             (fr.KV, addresses), (fr.CAPACITY, capacity),
-            (fr.COS, self._tables[0].ctypes.data), (fr.SIN, self._tables[1].ctypes.data),
+            (fr.ROPES, self._table_addresses.ctypes.data),
             (fr.SCRATCH, self._scratch.ctypes.data + -self._scratch.ctypes.data % 64),
             (fr.SCRATCH_BYTES, (self._scratch.nbytes - 64) // self.team.threads),
         ):  # fmt: skip
@@ -168,10 +170,11 @@ class Runner:
             frame[at_field : at_field + 2] = array.ctypes.data, array.strides[0]
 
     def _prepare(self, capacity: int) -> None:
-        if self._tables.shape[1] < capacity:
-            angles = np.outer(np.arange(capacity), self._frequencies)
-            tables = np.stack([np.cos(angles), np.sin(angles)]) * self._amplitude
-            self._tables = tables.astype(np.float32)
+        if self._rotated < capacity:
+            self._rotated = capacity
+            self._tables = [_rotations(*rope, capacity) for rope in self._ropes]
+            for row, table in zip(self._table_addresses, self._tables, strict=True):
+                row[:] = table[0].ctypes.data, table[1].ctypes.data
         each = -(-self.tape.scratch_bytes(capacity) // 64) * 64
         if self._scratch.nbytes < each * self.team.threads + 64:
             self._scratch = np.zeros(each * self.team.threads + 64, np.uint8)
@@ -187,6 +190,12 @@ class Runner:
                 self.team.walk(segment.steps, frame, self.tape.length)
             for hosted in segment.hosted:
                 hosted.run(arrays, tokens, n, watch)
+
+
+def _rotations(frequencies: np.ndarray, amplitude: float, positions: int) -> np.ndarray:
+    """Cosines and sines: f32 ``[2, positions, pairs]``."""
+    angles = np.outer(np.arange(positions), frequencies)
+    return (np.stack([np.cos(angles), np.sin(angles)]) * amplitude).astype(np.float32)
 
 
 _NO_TOKENS = np.zeros(0, np.int64)

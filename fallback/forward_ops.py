@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxedge.fallback.activations import activate, tanh
 from mlxedge.fallback.frame import (
     BUFFER,
     BUFFER_ROW,
@@ -27,12 +28,20 @@ from mlxedge.fallback.lanes import LANES, inline
 from mlxedge.fallback.linear import COLS, KERNEL, compile_c
 from mlxedge.fallback.memory import get_f32, get_i64, load_f32, put_f32, store_f32
 from mlxedge.fallback.team import call_6, fetch_add
-from mlxedge.fallback.tiles import TILE_COLS, TILE_ROWS, dot_tile, exp, fma, total, zeros
+from mlxedge.fallback.tiles import (
+    TILE_COLS,
+    TILE_ROWS,
+    dot_tile,
+    fma,
+    keep_lanes,
+    total,
+    zeros,
+)
 
-_ONE = np.float32(1.0)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 # Fields of a step, after the function's address.
-_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH = (8 * i for i in range(1, 6))
+_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH, _BIASES = (8 * i for i in range(1, 8))
 _X, _GRAIN, _NUMBER, _COUNT, _PARTS = (8 * i for i in range(1, 6))
 #: Per matrix of a linear step: its address, rows, output buffer, bias or 0, buffer to add to or 0.
 PART_FIELDS = 5
@@ -50,49 +59,79 @@ def _embed(step: int, frame: int, thread: int) -> None:
 
 
 def _norm(step: int, frame: int, thread: int) -> None:
-    """RMSNorm: x · weight / sqrt(mean(x²) + ε)."""
+    """RMSNorm, x · weight / sqrt(mean(x²) + ε), or LayerNorm, which is that of x - mean(x) and adds
+    a bias, if there is one."""
     buffer, to = frame + get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
     x, x_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     out, out_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
     weight, cols = get_i64(step + _THIRD), get_i64(step + _FOURTH)
-    epsilon = get_f32(step + _FIFTH)
+    epsilon, centred, bias = get_f32(step + _FIFTH), get_i64(step + _SIXTH), get_i64(step + _BIASES)
     stop = (cols + LANES - 1) // LANES * 64
     for i in range(thread, get_i64(frame + N), get_i64(frame + THREADS)):
         p, o = x + i * x_row, out + i * out_row
+        mean = _ZERO
+        if centred:
+            sums = zeros()
+            for d in range(0, stop, 64):
+                sums = sums + load_f32(p + d)
+            mean = total(sums) / np.float32(cols)
         squares = zeros()
         for d in range(0, stop, 64):
             v = load_f32(p + d)
+            if centred:
+                v = keep_lanes(v - mean, 0, cols - d // 4, _ZERO)
             squares = fma(v, v, squares)
         factor = _ONE / np.sqrt(total(squares) / np.float32(cols) + epsilon)
         for d in range(0, stop, 64):
-            store_f32(o + d, load_f32(weight + d) * (load_f32(p + d) * factor))
+            v = load_f32(weight + d) * ((load_f32(p + d) - mean) * factor)
+            if bias != 0:
+                v = v + load_f32(bias + d)
+            store_f32(o + d, v)
 
 
 def _gate(step: int, frame: int, thread: int) -> None:
-    """SwiGLU: silu(gate) · up, into gate."""
+    """activation(gate) · up, into gate; without up, the activation alone."""
     buffer, to = frame + get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
     gate, gate_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     up, up_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
+    kind, gated = get_i64(step + _FIFTH), get_i64(step + _SECOND) != 0
     vectors = (get_i64(step + _THIRD) + LANES - 1) // LANES
     n, threads = get_i64(frame + N) * get_i64(step + _FOURTH), get_i64(frame + THREADS)
     for unit in range(thread * vectors * n // threads, (thread + 1) * vectors * n // threads):
         i, d = unit // vectors, unit % vectors * 64
-        g = load_f32(gate + i * gate_row + d)
-        v = g / (exp(g * -_ONE) + _ONE) * load_f32(up + i * up_row + d)
+        v = activate(kind, load_f32(gate + i * gate_row + d))
+        if gated:
+            v = v * load_f32(up + i * up_row + d)
         store_f32(gate + i * gate_row + d, v)
 
 
 def _add(step: int, frame: int, thread: int) -> None:
-    """Add a buffer to another."""
+    """Add a multiple of a buffer to another."""
     buffer, onto = frame + get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
     x, x_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     out, out_row = get_i64(onto + BUFFER), get_i64(onto + BUFFER_ROW)
     vectors = (get_i64(step + _THIRD) + LANES - 1) // LANES
+    factor = get_f32(step + _FOURTH)
     n, threads = get_i64(frame + N), get_i64(frame + THREADS)
     for unit in range(thread * vectors * n // threads, (thread + 1) * vectors * n // threads):
         i, d = unit // vectors, unit % vectors * 64
         p = out + i * out_row + d
-        store_f32(p, load_f32(p) + load_f32(x + i * x_row + d))
+        store_f32(p, load_f32(p) + load_f32(x + i * x_row + d) * factor)
+
+
+def _scale(step: int, frame: int, thread: int) -> None:
+    """x · factor, and then cap · tanh(x / cap) if there is a cap. All rows are one array: those of
+    a result do not end with whole vectors."""
+    buffer = frame + get_i64(step + _FIRST)
+    x, row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    vectors = (get_i64(frame + N) * row + 63) // 64
+    factor, cap = get_f32(step + _SECOND), get_f32(step + _THIRD)
+    threads = get_i64(frame + THREADS)
+    for unit in range(thread * vectors // threads, (thread + 1) * vectors // threads):
+        v = load_f32(x + 64 * unit) * factor
+        if cap > _ZERO:
+            v = tanh(v * (_ONE / cap)) * cap
+        store_f32(x + 64 * unit, v)
 
 
 @inline
@@ -178,7 +217,14 @@ def _linear(step: int, frame: int, thread: int) -> None:
         _finish(part, frame, first, stop, n)
 
 
-_STEPS = {"embed": _embed, "norm": _norm, "gate": _gate, "add": _add, "linear": _linear}
+_STEPS = {
+    "embed": _embed,
+    "norm": _norm,
+    "gate": _gate,
+    "add": _add,
+    "scale": _scale,
+    "linear": _linear,
+}
 
 
 @cache

@@ -21,8 +21,9 @@ TEAM_FIELDS = 4
 
 #: The pass: how many positions and the first of them; the addresses of their token ids (int64), of
 #: the cache (per layer the addresses of keys and values) with its capacity in positions, of the
-#: rotary tables (f32 [position, pairs]); scratch memory with its bytes per thread.
-N, START, TOKENS, KV, CAPACITY, COS, SIN, SCRATCH, SCRATCH_BYTES = (8 * i for i in range(4, 13))
+#: rotary tables (per rope the addresses of cosines and sines, f32 [position, pairs]); scratch
+#: memory with its bytes per thread.
+N, START, TOKENS, KV, CAPACITY, ROPES, SCRATCH, SCRATCH_BYTES = (8 * i for i in range(4, 12))
 
 #: Then the buffers, two fields each: address and bytes per row. Steps name a buffer by the offset
 #: of its fields.

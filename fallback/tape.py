@@ -15,6 +15,7 @@ import numpy as np
 from mlxedge.errors import UsageError
 from mlxedge.fallback import attention
 from mlxedge.fallback import frame as fr
+from mlxedge.fallback.activations import ACTIVATIONS
 from mlxedge.fallback.experts import (
     MOST_PARTS,
     SCORES,
@@ -34,6 +35,8 @@ _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
 
 #: How a router's logits become scores: see :meth:`Tape.route`.
 Score = Literal["softmax", "sigmoid", "softmax_top"]
+#: See :mod:`mlxedge.fallback.activations`.
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
 #: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
 #: which expert of how many that is for: 0 of 1, but for the taps of experts.
 Watch = Callable[[Any, np.ndarray, int, int], None]
@@ -195,10 +198,19 @@ class Tape:
             return
         self._record(step_kernel("embed"), table.address, out.offset)
 
-    def norm(self, x: Buffer, weight: np.ndarray, epsilon: float, out: Buffer) -> None:
-        """out = RMSNorm(x) · weight."""
+    def norm(
+        self,
+        x: Buffer,
+        weight: np.ndarray,
+        epsilon: float,
+        out: Buffer,
+        *,
+        centred: bool = False,
+        bias: np.ndarray | None = None,
+    ) -> None:
+        """out = RMSNorm(x) · weight + bias, or LayerNorm if ``centred``; x may be out."""
         fields = x.offset, out.offset, self._vector(weight), x.width, _bits(epsilon)
-        self._record(step_kernel("norm"), *fields)
+        self._record(step_kernel("norm"), *fields, int(centred), self._vector(bias))
 
     def tap(self, name: Any, x: Buffer) -> None:
         """Let who walks the tape look at ``x`` as it is now."""
@@ -220,13 +232,19 @@ class Tape:
             fields += [p.matrix.address, p.matrix.rows, p.out.offset, self._vector(p.bias), onto]
         self._record(step_kernel("linear"), *fields)
 
-    def gate(self, gate: Buffer, up: Buffer) -> None:
-        """gate = silu(gate) · up, for every position or slot."""
-        self._record(step_kernel("gate"), gate.offset, up.offset, gate.width, gate.slots)
+    def gate(self, gate: Buffer, up: Buffer | None, activation: Activation = "silu") -> None:
+        """gate = activation(gate) · up, or without up, for every position or slot."""
+        offset = 0 if up is None else up.offset
+        fields = gate.offset, offset, gate.width, gate.slots, ACTIVATIONS[activation]
+        self._record(step_kernel("gate"), *fields)
 
-    def add(self, x: Buffer, to: Buffer) -> None:
-        """to += x."""
-        self._record(step_kernel("add"), x.offset, to.offset, x.width)
+    def add(self, x: Buffer, to: Buffer, factor: float = 1.0) -> None:
+        """to += factor · x."""
+        self._record(step_kernel("add"), x.offset, to.offset, x.width, _bits(factor))
+
+    def scale(self, x: Buffer, factor: float, cap: float = 0.0) -> None:
+        """x = factor · x, and then cap · tanh(x / cap) if ``cap`` is not zero."""
+        self._record(step_kernel("scale"), x.offset, _bits(factor), _bits(cap))
 
     def route(
         self,
@@ -339,15 +357,27 @@ class Tape:
         k_norm: np.ndarray | None = None,
         epsilon: float = 0.0,
         window: int = 0,
+        cap: float = 0.0,
+        rope: int = 0,
+        neighbours: bool = False,
+        centred: bool = False,
+        norm_last: bool = False,
     ) -> None:
         """out = attention of the rotated ``q`` to everything in the cache of a new layer.
 
-        ``rotated`` dimensions of each head are turned; ``q_norm`` and ``k_norm`` (RMSNorm over a
-        head, first) may be absent; a ``window`` > 0 hides all but that many last positions.
+        ``rotated`` dimensions of each head are turned by the runner's rotary embedding number
+        ``rope``, the first half of them against the second, or ``neighbours`` against each other.
+        ``q_norm`` and ``k_norm`` may be absent: the weights of an RMSNorm over a head, or of a
+        LayerNorm if ``centred``, before the rotation, or after it if ``norm_last``; of one head
+        for all, or of each. A ``window`` > 0 hides all but that many last positions, and a ``cap``
+        > 0 makes scores cap · tanh(score / cap).
         """
         shared = [q.offset, k.offset, v.offset, out.offset, self.layers, heads, kv_heads, head_dim]
         shared += [rotated, self._vector(q_norm), self._vector(k_norm)]
-        shared += [_bits(epsilon), _bits(scale), window]
+        kind = attention.LAYER_NORM * centred + attention.NORM_LAST * norm_last
+        apart = q_norm is not None and q_norm.size > head_dim
+        shared += [_bits(epsilon), _bits(scale), window, _bits(cap), rope, int(neighbours), kind]
+        shared.append(4 * head_dim if apart else 0)
         self._record(attention.keep_kernel(), len(self._steps), *shared)
         self._record(attention.attend_kernel(), len(self._steps), *shared)
         self.layers += 1

@@ -282,8 +282,12 @@ class Graph:
             team,
             hidden=self.x,
             result=result,
-            frequencies=inverse_frequencies(self.shape.rope, self.shape.head_dim),
-            amplitude=self.shape.rope.attention_factor,
+            ropes=[
+                (
+                    inverse_frequencies(self.shape.rope, self.shape.head_dim),
+                    self.shape.rope.attention_factor,
+                )
+            ],
             rows=rows,
         )
 

@@ -49,7 +49,7 @@ def run(
     record(tape, x, out)
     tape.linear(out, [Product(plain(np.eye(width)), result)])
     team = Team(threads)
-    runner = Runner(tape, team, x, result, np.ones(1), 1.0, rows=ROWS)
+    runner = Runner(tape, team, x, result, [(np.ones(1), 1.0)], rows=ROWS)
     try:
         return [runner.project(piece, watch) for piece in pieces]
     finally:
