@@ -4,6 +4,7 @@ What is written is what llama.cpp's converter writes (conversion/base.py and Spe
 as vendored by llama-cpp-python 0.3.36), with three differences: whether BOS and EOS are added is
 always said; a SentencePiece vocabulary without its tokenizer.model gets scores in the order of its
 merges, not one score for all; and a tokenizer that no hash knows may be recognised by its rules.
+A SentencePiece unigram tokenizer is written as what it is ("t5") whatever the architecture.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from mlxedge.tokenizer import files, pre, sentencepiece
 from mlxedge.tokenizer.gguf_import import (
     ADD_BOS,
     ADD_EOS,
+    CHARSMAP,
+    MERGE_SPACES,
     MERGES,
     MODEL,
     PRE,
@@ -42,7 +45,7 @@ from mlxedge.tokenizer.sentencepiece import (
     Piece,
 )
 from mlxedge.tokenizer.spec import TokenizerSpec
-from mlxedge.tokenizer.special import looks_special
+from mlxedge.tokenizer.special import GEMMA4_SIGN, GEMMA4_VISIBLE_TEXTS, looks_special
 
 #: Settings that name a token of another role, and GGUF's key for it.
 _MORE_ROLES = {
@@ -57,6 +60,7 @@ _MORE_ROLES = {
     },
 }
 _PADDING_SCORE, _ADDED_SCORE = -10_000.0, -1_000.0
+_BYTES = {f"<0x{byte:02X}>": BYTE for byte in range(256)}
 
 
 def to_gguf(spec: TokenizerSpec, config: Mapping[str, Any], pre: str | None = None) -> Metadata:
@@ -78,18 +82,20 @@ def to_gguf(spec: TokenizerSpec, config: Mapping[str, Any], pre: str | None = No
     made: Metadata = {MODEL: string(kind)}
     if kind == "gpt2":
         made[PRE] = string(_pre(tokenizer, document, settings, pre))
-    else:
+    elif kind != "gemma4":
         made[PRE] = string("default")
     made[TOKENS] = array("str", [piece.text for piece in pieces])
-    if kind == "llama":
+    if kind != "gpt2":
         made[SCORES] = array("f32", [piece.score for piece in pieces])
     made[TOKEN_TYPES] = array("i32", [piece.kind for piece in pieces])
-    if kind == "gpt2":
+    if kind in ("gpt2", "gemma4"):
         made[MERGES] = array(
             "str", [" ".join(map(_no_space, pair)) for pair in files.merge_pairs(document["model"])]
         )
     made |= _roles(document, settings, config, len(pieces))
     made |= _additions(document, settings, kind)
+    if kind == "t5":
+        made |= _unigram(document)
     made |= _templates(files.chat_templates(spec))
     return made
 
@@ -105,9 +111,13 @@ def _no_space(token: str) -> str:
 def _model_kind(document: Mapping[str, Any]) -> str:
     """llama.cpp's name for the kind of tokenizer."""
     model = document["model"]
-    if model.get("type", "BPE") == "BPE" and isinstance(model["vocab"], dict):
-        if model.get("byte_fallback"):
-            return "llama"
+    fallback = bool(model.get("byte_fallback"))
+    if isinstance(model["vocab"], list):
+        if model.get("type", "Unigram") == "Unigram" and not fallback:
+            return "t5"
+    elif model.get("type", "BPE") == "BPE":
+        if fallback:
+            return "gemma4" if GEMMA4_SIGN in files.vocabulary(document) else "llama"
         steps = [
             *pre.flat(document.get("pre_tokenizer"), "pretokenizers"),
             *pre.flat(document.get("decoder"), "decoders"),
@@ -115,9 +125,22 @@ def _model_kind(document: Mapping[str, Any]) -> str:
         if any(step.get("type") == "ByteLevel" for step in steps):
             return "gpt2"
     raise TokenizerError(
-        "only byte-level BPE and SentencePiece BPE tokenizers are written to GGUF; this one is "
-        f"{model.get('type')} {'with' if model.get('byte_fallback') else 'without'} byte fallback"
+        "byte-level BPE, SentencePiece BPE with byte fallback and SentencePiece unigram without it "
+        "are the tokenizers that are written to GGUF; this one is "
+        f"{model.get('type')} {'with' if fallback else 'without'} byte fallback"
     )
+
+
+def _unigram(document: Mapping[str, Any]) -> Metadata:
+    """What a unigram tokenizer does to a text before it looks for pieces."""
+    rules = sentencepiece.unigram_rules(document)
+    made = {
+        SPACE_PREFIX: boolean(rules.space_prefix),
+        MERGE_SPACES: boolean(rules.remove_extra_spaces),
+    }
+    if rules.charsmap:
+        made[CHARSMAP] = array("u8", list(rules.charsmap))
+    return made
 
 
 def _pre(
@@ -141,7 +164,6 @@ def _pieces(
     spec: TokenizerSpec, document: Mapping[str, Any], config: Mapping[str, Any], kind: str
 ) -> list[Piece]:
     """Every row of the embedding as a token."""
-    vocab = document["model"]["vocab"]
     added = {token["content"]: token for token in document["added_tokens"]}
     ids = files.vocabulary(document)
     size = config.get("vocab_size")
@@ -152,8 +174,10 @@ def _pieces(
             f"the model has {size} embeddings and the tokenizer {len(beyond)} tokens beyond them, "
             f"such as {beyond[0]!r}: they are not of one model"
         )
-    scores, kinds = _scores(spec, document, vocab) if kind == "llama" else ({}, {})
-    unknown = document["model"].get("unk_token")
+    scores = _scores(spec, document, kind)
+    kinds = _kinds(spec, document, kind)
+    visible = GEMMA4_VISIBLE_TEXTS if kind == "gemma4" else frozenset()
+    unknown = _unknown_text(document)
     pieces: list[Piece | None] = [None] * size
     for text, number in ids.items():
         if not 0 <= number < size:  # an added token without an embedding is of no use
@@ -161,12 +185,12 @@ def _pieces(
         if pieces[number] is not None:
             raise TokenizerError(f"token {number} is {pieces[number].text!r} and {text!r}")  # type: ignore[union-attr]
         token = added.get(text)
-        score = _ADDED_SCORE if token else scores.get(text, 0.0)
-        if text == unknown and kind == "llama":
+        score = scores.get(text, _ADDED_SCORE if token else 0.0)
+        if text == unknown and kind in ("llama", "t5"):
             pieces[number] = Piece(text, score, UNKNOWN)
         elif token is None:
             pieces[number] = Piece(text, score, kinds.get(text, NORMAL))
-        elif token.get("special") or looks_special(text):
+        elif text not in visible and (token.get("special") or looks_special(text)):
             pieces[number] = Piece(text, score, CONTROL)
         else:
             # llama.cpp looks for these in the text as it is, before spaces are replaced.
@@ -177,29 +201,57 @@ def _pieces(
     ]
 
 
-def _scores(
-    spec: TokenizerSpec, document: Mapping[str, Any], vocab: Mapping[str, int]
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Score and kind of the pieces: those of tokenizer.model, or the order of the merges."""
-    kinds = {f"<0x{byte:02X}>": BYTE for byte in range(256)}
+def _unknown_text(document: Mapping[str, Any]) -> str | None:
+    model = document["model"]
+    number = model.get("unk_id")
+    if isinstance(model["vocab"], list) and isinstance(number, int):
+        return str(model["vocab"][number][0])
+    return model.get("unk_token")
+
+
+def _scores(spec: TokenizerSpec, document: Mapping[str, Any], kind: str) -> dict[str, float]:
+    """Scores of pieces: their own, those of tokenizer.model, or the order of the merges."""
+    vocab = document["model"]["vocab"]
+    if kind == "t5":
+        return dict(vocab)
+    if kind == "gemma4":
+        return dict.fromkeys(vocab, _ADDED_SCORE)
+    if kind != "llama":
+        return {}
+    scores = {piece.text: piece.score for piece in _own_pieces(spec, document)}
+    if not scores:
+        ranked = files.merge_scores(document["model"])
+        lowest = -float(len(ranked))
+        scores = {text: ranked.get(text, lowest) for text in vocab}
+        scores |= dict.fromkeys(_BYTES, 0.0)
+    for token in document["added_tokens"]:
+        scores.pop(token["content"], None)
+    return scores
+
+
+def _kinds(spec: TokenizerSpec, document: Mapping[str, Any], kind: str) -> Mapping[str, int]:
+    """Kinds of the pieces that are no added tokens, where they are not normal ones."""
+    if kind == "gpt2":
+        return {}
+    if kind == "llama" and (own := _own_pieces(spec, document)):
+        return {piece.text: piece.kind for piece in own}
+    return _BYTES
+
+
+def _own_pieces(spec: TokenizerSpec, document: Mapping[str, Any]) -> list[Piece]:
+    """The pieces of the folder's tokenizer.model, if they are those of the document."""
     raw = spec.files.get("tokenizer.model")
-    if raw is not None:
-        try:
-            model = sentencepiece.parse(raw)
-        except TokenizerError:
-            if "tokenizer.json" not in spec.files:
-                raise
-            model = sentencepiece.Model()  # another format under the same name
-        own = [(i, p) for i, p in enumerate(model.pieces) if p.kind in (NORMAL, UNUSED, BYTE)]
-        if own and all(vocab.get(piece.text) == i for i, piece in own):
-            return (
-                {piece.text: piece.score for _, piece in own},
-                {piece.text: piece.kind for _, piece in own},
-            )
-    ranked = files.merge_scores(document["model"])
-    lowest = -float(len(ranked))
-    scores = {text: ranked.get(text, lowest) for text in vocab}
-    return {**scores, **dict.fromkeys(kinds, 0.0)}, kinds
+    if raw is None:
+        return []
+    try:
+        model = sentencepiece.parse(raw)
+    except TokenizerError:
+        if "tokenizer.json" not in spec.files:
+            raise
+        return []  # another format under the same name
+    vocab = document["model"]["vocab"]
+    own = [(i, p) for i, p in enumerate(model.pieces) if p.kind in (NORMAL, UNUSED, BYTE)]
+    return [piece for _, piece in own] if all(vocab.get(p.text) == i for i, p in own) else []
 
 
 def _roles(
@@ -217,7 +269,7 @@ def _roles(
             if isinstance(number, int) and 0 <= number < size:
                 made[key] = u32(number)
                 break
-    unknown = document["model"].get("unk_token")
+    unknown = _unknown_text(document)
     if ROLE_KEYS["unk"] not in made and unknown in ids and ids[unknown] < size:
         made[ROLE_KEYS["unk"]] = u32(ids[unknown])
     for name, key in _MORE_ROLES.items():
@@ -245,21 +297,12 @@ def _additions(document: Mapping[str, Any], settings: Mapping[str, Any], kind: s
             made[ROLE_KEYS[role]] = u32(ids[text])
     given = settings.get("add_prefix_space")
     if kind == "llama":
-        made[SPACE_PREFIX] = boolean(_prepends_space(document))
+        made[SPACE_PREFIX] = boolean(sentencepiece.prepends_space(document))
+    elif kind == "gemma4":
+        made[SPACE_PREFIX] = boolean(False)
     elif isinstance(given, bool):
         made[SPACE_PREFIX] = boolean(given)
     return made
-
-
-def _prepends_space(document: Mapping[str, Any]) -> bool:
-    for step in pre.flat(document.get("normalizer"), "normalizers"):
-        if step.get("type") == "Prepend":
-            return True
-    for step in pre.flat(document.get("pre_tokenizer"), "pretokenizers"):
-        if step.get("type") == "Metaspace":
-            scheme = step.get("prepend_scheme")
-            return scheme != "never" if scheme else bool(step.get("add_prefix_space", True))
-    return False
 
 
 def _templates(templates: Mapping[str, str]) -> Metadata:

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlxedge.errors import TokenizerError
-from mlxedge.gguf_values import GgufValue
+from mlxedge.gguf_values import GgufValue, string
 from mlxedge.tokenizer import pre, sentencepiece
 from mlxedge.tokenizer.files import Json, added_token, byte_level_document, template_processing
-from mlxedge.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece
+from mlxedge.tokenizer.sentencepiece import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Piece,
+)
 from mlxedge.tokenizer.spec import TokenizerSpec
-from mlxedge.tokenizer.special import END_TEXTS
+from mlxedge.tokenizer.special import kinds_of_texts
 
 PREFIX = "tokenizer."
 MODEL = "tokenizer.ggml.model"
@@ -29,6 +38,8 @@ MERGES = "tokenizer.ggml.merges"
 ADD_BOS = "tokenizer.ggml.add_bos_token"
 ADD_EOS = "tokenizer.ggml.add_eos_token"
 SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
+MERGE_SPACES = "tokenizer.ggml.remove_extra_whitespaces"
+CHARSMAP = "tokenizer.ggml.precompiled_charsmap"
 TEMPLATE = "tokenizer.chat_template"
 
 #: The id of each role's token, by GGUF's key.
@@ -41,39 +52,49 @@ ROLE_KEYS = {
     "cls": "tokenizer.ggml.cls_token_id",
     "mask": "tokenizer.ggml.mask_token_id",
 }
-#: What a "llama" vocabulary has where the file does not say.
+#: What a "llama" and a "t5" vocabulary have where the file does not say.
 _SPM_IDS = {"bos": 1, "eos": 2, "unk": 0}
+_T5_IDS = {"eos": 1, "unk": 2, "pad": 0}
 _LARGEST_VOCABULARY = 1 << 24
+
+
+@dataclass
+class _Made:
+    """A document, and what llama.cpp takes for granted where the file is silent."""
+
+    document: Json
+    add_bos: bool = False
+    add_eos: bool = False
+    always_bos: bool = False
+    ids: Mapping[str, int] = field(default_factory=dict)
 
 
 def from_gguf(metadata: Mapping[str, GgufValue]) -> TokenizerSpec:
     """The tokenizer of a GGUF file: ``tokenizer.json``, its settings, and the metadata itself.
 
     ``metadata`` is the file's metadata; keys outside ``tokenizer.`` are ignored. Models "gpt2"
-    (byte-level BPE) and "llama" (SentencePiece BPE) are read. Raises TokenizerError if the
-    metadata is incomplete, contradicts itself, or names a pre-tokenizer that cannot be expressed.
+    (byte-pair encoding of bytes), "gemma4" (of characters), "llama" (SentencePiece BPE) and "t5"
+    (SentencePiece unigram) are read. Raises TokenizerError if the metadata is incomplete,
+    contradicts itself, or names a pre-tokenizer that cannot be expressed.
     """
     own = {key: value for key, value in metadata.items() if key.startswith(PREFIX)}
     reader = _Reader(own)
     pieces = _pieces(reader)
     model = reader.text(MODEL)
-    if model == "gpt2":
-        document, add_bos = _byte_level(reader, pieces)
-        defaults: dict[str, int] = {}
-    elif model == "llama":
-        document, add_bos = _sentencepiece(reader, pieces), True
-        defaults = {role: i for role, i in _SPM_IDS.items() if i < len(pieces)}
-    else:
+    if model not in _MODELS:
         raise TokenizerError(
-            f'{MODEL} is {model!r}; only "gpt2" and "llama" are read. Take the tokenizer from the '
-            "original model instead"
+            f"{MODEL} is {model!r}; only {', '.join(_MODELS)} are read. Take the tokenizer from "
+            "the original model instead"
         )
+    made = _MODELS[model](reader, pieces)
+    document = made.document
+    defaults = {role: i for role, i in made.ids.items() if i < len(pieces)}
     given = {role: reader.token_id(key, len(pieces)) for role, key in ROLE_KEYS.items()}
     numbers = defaults | {role: i for role, i in given.items() if i is not None}
     named = {role: pieces[number].text for role, number in numbers.items()}
     flags = {
-        "bos": reader.flag(ADD_BOS, add_bos),
-        "eos": reader.flag(ADD_EOS, False),
+        "bos": reader.flag(ADD_BOS, made.add_bos) or made.always_bos,
+        "eos": reader.flag(ADD_EOS, made.add_eos),
     }
     for role, wanted in flags.items():
         if wanted and role not in named:
@@ -130,6 +151,10 @@ class _Reader:
             raise TokenizerError(f"{key} is missing")
         return str(found)
 
+    def with_text(self, key: str, text: str) -> _Reader:
+        """The same metadata, with another text under a key."""
+        return _Reader({**self._metadata, key: string(text)})
+
     def flag(self, key: str, default: bool) -> bool:
         return bool(self._scalar(key, ("bool",), default))
 
@@ -177,13 +202,16 @@ def _pieces(reader: _Reader) -> list[Piece]:
         if not math.isfinite(score):
             raise TokenizerError(f"{SCORES}: token {number} has the score {score}")
         seen[text] = number
-        kind = CONTROL if text in END_TEXTS else kind
         pieces.append(Piece(text, score, kind if kind in range(NORMAL, BYTE + 1) else NORMAL))
-    return pieces
+    kinds_by_text = kinds_of_texts(seen.keys())
+    return [
+        Piece(piece.text, piece.score, kinds_by_text.get(piece.text, piece.kind))
+        for piece in pieces
+    ]
 
 
-def _byte_level(reader: _Reader, pieces: Sequence[Piece]) -> tuple[Json, bool]:
-    """The document of a "gpt2" vocabulary, and whether BOS is added when the file is silent."""
+def _byte_pair(reader: _Reader, pieces: Sequence[Piece]) -> _Made:
+    """A "gpt2" vocabulary, whose pre-tokenizer says how its tokens are spelt."""
     pre_tokenizer, rules = pre.pre_tokenizer(reader.text(PRE, "default"))
     merges = reader.items(MERGES, ("str",))
     if merges is None:
@@ -201,22 +229,63 @@ def _byte_level(reader: _Reader, pieces: Sequence[Piece]) -> tuple[Json, bool]:
     made = byte_level_document(
         vocab, [list(pair) for pair in pairs], pre_tokenizer, rules.ignore_merges
     )
+    if rules.raw:
+        made |= sentencepiece.raw_bpe_steps()
+        made["model"]["byte_fallback"] = True
     made["added_tokens"] = [
         added_token(piece.text, i, special=piece.kind != USER_DEFINED)
         for i, piece in enumerate(pieces)
         if piece.kind in (CONTROL, USER_DEFINED, UNKNOWN)
     ]
-    return made, rules.add_bos
+    return _Made(made, rules.add_bos, always_bos=rules.always_bos)
 
 
-def _sentencepiece(reader: _Reader, pieces: list[Piece]) -> Json:
-    return sentencepiece.bpe_document(
+def _gemma4(reader: _Reader, pieces: Sequence[Piece]) -> _Made:
+    return _byte_pair(reader.with_text(PRE, "gemma4"), pieces)
+
+
+def _sentencepiece(reader: _Reader, pieces: Sequence[Piece]) -> _Made:
+    model = sentencepiece.Model(
+        list(pieces),
+        space_prefix=reader.flag(SPACE_PREFIX, True),
+        remove_extra_spaces=False,
+    )
+    return _Made(sentencepiece.bpe_document(model), add_bos=True, ids=_SPM_IDS)
+
+
+def _unigram(reader: _Reader, pieces: Sequence[Piece]) -> _Made:
+    """A "t5" vocabulary. What is no normal piece has no part in the sums of scores."""
+    every = list(pieces)
+    while every and every[-1].kind == UNUSED and every[-1].text.startswith("[PAD"):
+        every.pop()
+    lowest = min((piece.score for piece in every if piece.kind == NORMAL), default=0.0)
+    every = [
+        piece
+        if piece.kind in (NORMAL, UNUSED)
+        else Piece(piece.text, lowest if piece.kind == BYTE else 0.0, piece.kind)
+        for piece in every
+    ]
+    merge_spaces = reader.flag(MERGE_SPACES, False)
+    charsmap = reader.items(CHARSMAP, ("u8", "i8")) or []
+    document = sentencepiece.unigram_document(
         sentencepiece.Model(
-            pieces,
-            space_prefix=reader.flag(SPACE_PREFIX, True),
-            remove_extra_spaces=False,
+            every,
+            charsmap=bytes(byte & 0xFF for byte in charsmap),
+            # Merging spaces puts one before the first word too.
+            space_prefix=reader.flag(SPACE_PREFIX, False) or merge_spaces,
+            remove_extra_spaces=merge_spaces,
         )
     )
+    document["model"]["byte_fallback"] = False  # llama.cpp gives the unknown token
+    return _Made(document, add_eos=True, ids=_T5_IDS)
+
+
+_MODELS: dict[str, Callable[[_Reader, Sequence[Piece]], _Made]] = {
+    "gpt2": _byte_pair,
+    "gemma4": _gemma4,
+    "llama": _sentencepiece,
+    "t5": _unigram,
+}
 
 
 def _templates(reader: _Reader) -> str | list[Json] | None:

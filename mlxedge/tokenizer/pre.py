@@ -33,6 +33,11 @@ _PUNCT_WORD = (
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
 )
 _EAST_ASIAN = "[一-龥぀-ゟ゠-ヿ]+"
+# Kimi's words are of Han characters or of other letters, never of both; marks are no letters there.
+_HAN = (
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
+    "\U0002ceb0-\U0002ebef\U0002f800-\U0002fa1f]"
+)
 # llama.cpp knows the general categories only: it reads \p{Lu} and \p{Ll} as any letter.
 _LETTERS = r"[\p{L}\p{M}]"
 # Where an expression names ranges, llama.cpp has taken the wide spaces out of the text before.
@@ -116,6 +121,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         rf"{_PUNCT_WORD}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+",
         r"\p{N}",
     ),
+    "kimi": (
+        rf"{_HAN}+|{_HEAD}(?:(?!{_HAN})\p{{L}})+{_CONTRACTION}?|\p{{N}}{{1,3}}|{_MARKS}|{_SPACES}",
+    ),
+    "lines": (r"[^\n]+|[\n]+",),
     "youtu": (
         f"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|{_EAST_ASIAN}",
         rf"{_ANY_CASED}|\p{{N}}|{_SLASH_MARKS}|{_SPACES}",
@@ -159,12 +168,16 @@ class Pre:
 
     ``family`` is a key of ``FAMILIES``, or ``None`` where llama.cpp cuts with code of its own.
     ``ignore_merges``: a whole word that is a token is taken as it is. ``add_bos``: whether a BOS
-    token is added when the file does not say.
+    token is added when the file does not say. ``raw``: tokens are spelt as in SentencePiece (``▁``
+    for a space, ``<0x0A>`` for a byte that no token holds), not byte by byte. ``always_bos``: BOS
+    is added whatever the file says.
     """
 
     family: str | None
     ignore_merges: bool = False
     add_bos: bool = False
+    raw: bool = False
+    always_bos: bool = False
 
 
 #: Every name that llama.cpp accepts for a byte-pair tokenizer.
@@ -260,16 +273,13 @@ PRE: dict[str, Pre] = {
     "laguna": Pre("laguna"),
     "superbpe": Pre("superbpe"),
     "chameleon": Pre("chameleon", add_bos=True),
+    "kimi-k2": Pre("kimi"),
     **dict.fromkeys(
-        (
-            "kimi-k2",
-            "gemma4",
-            "granite-embed-multi-311m",
-            "sarvam-moe",
-            "whitespace",
-        ),
-        Pre(None),
+        ("gemma4", "granite-embed-multi-311m"),
+        Pre("lines", add_bos=True, raw=True, always_bos=True),
     ),
+    "sarvam-moe": Pre("lines", raw=True),
+    "whitespace": Pre(None, raw=True),
 }
 
 #: The one name that stands for a family, by (family, ignore_merges), when a tokenizer is
@@ -333,11 +343,13 @@ def pre_tokenizer(name: str) -> tuple[dict[str, Any], Pre]:
             f"pre-tokenizer {name!r} has no equivalent in the tokenizers library; take the "
             "tokenizer from the original model instead"
         )
-    splits = [
+    steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
         for regex in FAMILIES[pre.family]
     ]
-    return {"type": "Sequence", "pretokenizers": [*splits, _byte_level(use_regex=False)]}, pre
+    if not pre.raw:
+        steps.append(_byte_level(use_regex=False))
+    return {"type": "Sequence", "pretokenizers": steps}, pre
 
 
 def gpt2_pre_tokenizer() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from mlxedge.errors import TemplateError, TokenizerError
-from mlxedge.tokenizer import chat, files
+from mlxedge.tokenizer import chat, files, sentencepiece
 from mlxedge.tokenizer.spec import TokenizerSpec
 from mlxedge.tokenizer.special import END_TEXTS, looks_special, not_an_end
 from mlxedge.tokenizer.stream import ByteStream, TextStream, bytes_of_token, strips_first_space
@@ -73,11 +73,15 @@ class Tokenizer:
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """A second tokenizer to which the text of a control token is only text."""
+        # A unigram model takes every piece that it finds, the special ones too: they are renamed.
+        hidden = self._controls if isinstance(self._document["model"]["vocab"], list) else ()
         added = [
             {**token, "special": token["content"] in self._controls}
             for token in self._document["added_tokens"]
+            if token["content"] not in hidden
         ]
-        made = build({**self._document, "added_tokens": added})
+        document = sentencepiece.rename_pieces(self._document, hidden)
+        made = build({**document, "added_tokens": added})
         made.encode_special_tokens = True
         return made
 

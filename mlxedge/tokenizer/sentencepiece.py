@@ -3,7 +3,8 @@
 The file is a protocol buffer (sentencepiece_model.proto); only the few fields that decide ids are
 read. A BPE model merges the pair whose product has the highest score; in ``tokenizers`` that is a
 BPE with byte fallback whose merges are all splits of every piece, ordered by score (Sennrich et
-al., arXiv:1508.07909; Kudo and Richardson, arXiv:1808.06226).
+al., arXiv:1508.07909; Kudo and Richardson, arXiv:1808.06226). A unigram model takes the pieces
+whose scores, which are log probabilities, have the largest sum (Kudo, arXiv:1804.10959).
 """
 
 from __future__ import annotations
@@ -11,17 +12,23 @@ from __future__ import annotations
 import base64
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlxedge.errors import TokenizerError
+from mlxedge.tokenizer.pre import flat
 
 SPACE = "▁"
 #: Kinds of pieces, numbered as in the file (and in GGUF).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _KINDS = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
 _UNIGRAM, _BPE = 1, 2
+#: The field of the trainer's settings that names each special piece, and its default.
+_NAMED = {"unk": (45, "<unk>"), "bos": (46, "<s>"), "eos": (47, "</s>"), "pad": (48, "<pad>")}
+#: How tokenizer.json files take away spaces: around a text, and all but one between words.
+_EDGES = (r"\A +| +\z", "^ +| +$", "^ +", " +$")
+_EXTRA_SPACES = " {2,}"
 #: A piece longer than this is no piece, and would make the list of merges explode.
 _LONGEST_PIECE = 1024
 
@@ -35,13 +42,23 @@ class Piece:
 
 @dataclass
 class Model:
-    """What decides ids in a SentencePiece model. ``kind`` is 1 for unigram, 2 for BPE."""
+    """What decides ids in a SentencePiece model. ``kind`` is 1 for unigram, 2 for BPE.
+
+    ``named``: the text of the special piece of each role (``"bos"``, ``"eos"``, ``"unk"``,
+    ``"pad"``), whether or not the vocabulary has it.
+    """
 
     pieces: list[Piece] = field(default_factory=list)
     kind: int = _UNIGRAM
     charsmap: bytes = b""
     space_prefix: bool = True
     remove_extra_spaces: bool = True
+    named: dict[str, str] = field(default_factory=dict)
+
+    def roles(self) -> dict[str, str]:
+        """``{"bos_token": text, …}`` of the special pieces that the vocabulary has."""
+        texts = {piece.text for piece in self.pieces if piece.kind in (UNKNOWN, CONTROL)}
+        return {f"{role}_token": text for role, text in self.named.items() if text in texts}
 
 
 def padding_piece(number: int) -> str:
@@ -61,7 +78,12 @@ def parse(raw: bytes) -> Model:
             if number == 1 and isinstance(value, bytes):
                 model.pieces.append(_piece(value))
             elif number == 2 and isinstance(value, bytes):
-                model.kind = dict(_fields(value)).get(3, _UNIGRAM)
+                rules = dict(_fields(value))
+                model.kind = rules.get(3, _UNIGRAM)
+                model.named = {
+                    role: rules[at].decode() if at in rules else text
+                    for role, (at, text) in _NAMED.items()
+                }
             elif number == 3 and isinstance(value, bytes):
                 rules = dict(_fields(value))
                 model.charsmap = rules.get(2, b"")
@@ -130,6 +152,11 @@ def document(model: Model) -> dict[str, Any]:
             f"tokenizer.model is of SentencePiece kind {model.kind}; only unigram (1) and BPE (2) "
             "models are read"
         )
+    return unigram_document(model)
+
+
+def unigram_document(model: Model) -> dict[str, Any]:
+    """The tokenizer.json of a SentencePiece unigram model."""
     unknown = [i for i, piece in enumerate(model.pieces) if piece.kind == UNKNOWN]
     return _document(
         model,
@@ -164,24 +191,37 @@ def bpe_document(model: Model) -> dict[str, Any]:
     )
 
 
+def raw_bpe_steps() -> dict[str, Any]:
+    """Normalizer and decoder of a BPE over characters with SentencePiece's spelling of a space."""
+    return {
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "decoder": {"type": "Sequence", "decoders": _decoders()},
+    }
+
+
+def _decoders() -> list[dict[str, Any]]:
+    return [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+
+
 def _document(model: Model, inner: dict[str, Any]) -> dict[str, Any]:
     normalizers: list[dict[str, Any]] = []
     if model.charsmap:
         charsmap = base64.b64encode(model.charsmap).decode()
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if model.remove_extra_spaces:
+        # Spaces alone: other white space is a character like any other, unless the map says not.
         normalizers += [
-            {"type": "Strip", "strip_left": True, "strip_right": True},
-            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+            {"type": "Replace", "pattern": {"Regex": _EDGES[0]}, "content": ""},
+            {"type": "Replace", "pattern": {"Regex": _EXTRA_SPACES}, "content": " "},
         ]
     if model.space_prefix:
         normalizers.append({"type": "Prepend", "prepend": SPACE})
     normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
+    decoders = _decoders()
     if model.space_prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
@@ -230,3 +270,62 @@ def merges(pieces: Sequence[Piece]) -> list[list[str]]:
                 found.append((score, number, ids[left], left, right))
     found.sort(key=lambda merge: merge[:3])
     return [[left, right] for *_, left, right in found]
+
+
+def unigram_rules(document: Mapping[str, Any]) -> Model:
+    """What a unigram tokenizer.json does to a text before it looks for pieces, without pieces.
+
+    Raises TokenizerError for a step that a SentencePiece model does not have.
+    """
+    found = Model(space_prefix=prepends_space(document), remove_extra_spaces=False)
+    for step in flat(document.get("normalizer"), "normalizers"):
+        kind, pattern = step.get("type"), step.get("pattern") or {}
+        expression = pattern.get("Regex") if isinstance(pattern, Mapping) else None
+        if kind == "Precompiled" and not found.charsmap:
+            found.charsmap = base64.b64decode(step.get("precompiled_charsmap") or "")
+        elif kind == "Replace" and expression == _EXTRA_SPACES:
+            found.remove_extra_spaces = True
+        elif not (
+            kind in ("Strip", "Prepend")
+            or (kind == "Replace" and (expression in _EDGES or step.get("content") == SPACE))
+        ):
+            raise TokenizerError(
+                f"the tokenizer normalizes with {kind} {pattern or ''}; a SentencePiece unigram "
+                "model has no such step"
+            )
+    for step in flat(document.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "WhitespaceSplit":
+            found.remove_extra_spaces = True
+        elif step.get("type") != "Metaspace":
+            raise TokenizerError(
+                f"the tokenizer cuts with {step.get('type')}; a SentencePiece unigram model has no "
+                "such step"
+            )
+    return found
+
+
+def prepends_space(document: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json puts SentencePiece's space before a text."""
+    for step in flat(document.get("normalizer"), "normalizers"):
+        if step.get("type") == "Prepend":
+            return True
+    for step in flat(document.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "Metaspace":
+            scheme = step.get("prepend_scheme")
+            return scheme != "never" if scheme else bool(step.get("add_prefix_space", True))
+    return False
+
+
+def rename_pieces(document: Mapping[str, Any], texts: Collection[str]) -> dict[str, Any]:
+    """A unigram tokenizer.json in which the unknown piece and ``texts`` are found in no text.
+
+    Their ids stay; before their names stands a space, which no normalized text contains.
+    """
+    model = document["model"]
+    if not isinstance(model["vocab"], list):
+        return dict(document)
+    vocab = [
+        [f" {text}" if text in texts or i == model.get("unk_id") else text, score]
+        for i, (text, score) in enumerate(model["vocab"])
+    ]
+    return {**document, "model": {**model, "vocab": vocab}}

@@ -13,7 +13,7 @@ import functools
 import json
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mlxedge.gguf_values import Metadata, array, boolean, string, u32
 from mlxedge.outputs.gguf_file import header_bytes
@@ -52,6 +52,11 @@ def _training_texts() -> list[str]:
     return [text for text in HARD if len(set(text)) > 2 and "<" not in text and "super" not in text]
 
 
+def _without_nul() -> list[str]:
+    """For vocabularies of characters: llama.cpp reads a token only up to U+0000."""
+    return [text for text in _training_texts() if "\0" not in text]
+
+
 @functools.cache
 def _boundless_bpe() -> tuple[list[str], list[str]]:
     """Tokens by id and merges of a byte-level BPE that knows no words."""
@@ -78,6 +83,70 @@ def byte_level_metadata(pre: str, add_bos: bool = False) -> Metadata:
         "tokenizer.ggml.eos_token_id": u32(every.index("<|im_end|>")),
         "tokenizer.ggml.add_bos_token": boolean(add_bos),
         "tokenizer.ggml.add_eos_token": boolean(False),
+    }
+
+
+@functools.cache
+def _raw_bpe() -> tuple[list[str], list[str]]:
+    """Tokens by id and merges of a BPE over characters, with SentencePiece's spaces.
+
+    No merge crosses the end of a line, as in the vocabularies of this kind.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
+    trainer = trainers.BpeTrainer(vocab_size=1200, show_progress=False)
+    tokenizer.train_from_iterator(_without_nul(), trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    return tokens, [" ".join(pair) for pair in model["merges"]]
+
+
+def raw_bpe_metadata(pre: str | None = None) -> Metadata:
+    """``tokenizer.*`` of a "gpt2" vocabulary that is not byte-level; "gemma4" without ``pre``."""
+    pieces, merges = _raw_bpe()
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *USER_TOKENS]
+    types = [CONTROL] * 4 + [BYTE] * 256 + [NORMAL] * len(pieces) + [USER_DEFINED] * 2
+    return {
+        "tokenizer.ggml.model": string("gpt2" if pre else "gemma4"),
+        **({"tokenizer.ggml.pre": string(pre)} if pre else {}),
+        "tokenizer.ggml.tokens": array("str", tokens),
+        "tokenizer.ggml.scores": array("f32", [-1000.0] * len(tokens)),
+        "tokenizer.ggml.token_type": array("i32", types),
+        "tokenizer.ggml.merges": array("str", merges),
+        "tokenizer.ggml.bos_token_id": u32(2),
+        "tokenizer.ggml.eos_token_id": u32(1),
+        "tokenizer.ggml.add_bos_token": boolean(False),  # which "gemma4" is said to ignore
+    }
+
+
+@functools.cache
+def unigram_metadata(merge_spaces: bool = True, space_prefix: bool = True) -> Metadata:
+    """``tokenizer.*`` of a "t5" vocabulary, with three rows more than pieces.
+
+    Scores are multiples of 1/64: ``tokenizers`` reads long decimal fractions with an error of
+    their last bit, which would decide between splits of equal sums.
+    """
+    pieces, _ = _raw_bpe()
+    special = ["<pad>", "</s>", "<unk>", "<s>"]
+    user = ["<tool_call>", "<extra_id_0>"]
+    padding = [f"[PAD{len(special) + len(pieces) + len(user) + i}]" for i in range(3)]
+    scores = [-4.0 - i / 64 for i in range(len(pieces))]
+    types = [CONTROL, CONTROL, UNKNOWN, CONTROL] + [NORMAL] * len(pieces)
+    return {
+        "tokenizer.ggml.model": string("t5"),
+        "tokenizer.ggml.pre": string("default"),
+        "tokenizer.ggml.tokens": array("str", [*special, *pieces, *user, *padding]),
+        "tokenizer.ggml.scores": array("f32", [0.0] * 4 + scores + [-1e3] * 2 + [-1e4] * 3),
+        "tokenizer.ggml.token_type": array("i32", types + [USER_DEFINED] * 2 + [UNUSED] * 3),
+        "tokenizer.ggml.add_space_prefix": boolean(space_prefix),
+        "tokenizer.ggml.remove_extra_whitespaces": boolean(merge_spaces),
+        "tokenizer.ggml.eos_token_id": u32(1),
+        "tokenizer.ggml.unknown_token_id": u32(2),
+        "tokenizer.ggml.padding_token_id": u32(0),
+        "tokenizer.ggml.add_bos_token": boolean(False),
+        "tokenizer.ggml.add_eos_token": boolean(True),
     }
 
 

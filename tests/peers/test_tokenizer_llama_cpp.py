@@ -11,7 +11,9 @@ from oracles.llama_cpp import LlamaCpp
 from oracles.vocabularies import (
     byte_level_files,
     byte_level_metadata,
+    raw_bpe_metadata,
     sentencepiece_metadata,
+    unigram_metadata,
     vocabulary_file,
 )
 from tokenizers import Regex, normalizers, pre_tokenizers
@@ -62,15 +64,46 @@ def test_end_tokens_of_a_real_model(smollm2: Path) -> None:
 
 
 def one_name_each() -> list[str]:
-    names = {(pre.family, pre.ignore_merges): name for name, pre in PRE.items() if pre.family}
-    assert {family for family, _ in names} == set(FAMILIES)
+    names = {
+        (pre.family, pre.ignore_merges, pre.always_bos): name
+        for name, pre in PRE.items()
+        if pre.family
+    }
+    assert {family for family, *_ in names} == set(FAMILIES)
     return list(names.values())
 
 
 @pytest.mark.parametrize("name", one_name_each())
 def test_every_pre_tokenizer(name: str, tmp_path: Path) -> None:
-    metadata = byte_level_metadata(name)
+    metadata = raw_bpe_metadata(name) if PRE[name].raw else byte_level_metadata(name)
     assert differences(written(tmp_path, metadata), from_gguf(metadata)) == []
+
+
+def test_byte_pairs_of_characters(tmp_path: Path) -> None:
+    metadata = raw_bpe_metadata()
+    spec = from_gguf(metadata)
+    assert differences(written(tmp_path, metadata), spec) == []
+    assert load(spec).encode("a")[0] == 2
+
+
+@pytest.mark.parametrize("space_prefix", [True, False])
+@pytest.mark.parametrize("merge_spaces", [True, False])
+def test_unigram(merge_spaces: bool, space_prefix: bool, tmp_path: Path) -> None:
+    metadata = unigram_metadata(merge_spaces, space_prefix)
+    found = differences(written(tmp_path, metadata), from_gguf(metadata))
+    # Of spaces alone llama.cpp keeps as many as there are, and adds none.
+    alone = {text for text in HARD if text and not text.strip(" ")} if space_prefix else set()
+    assert [case for case in found if merge_spaces or case[0] not in alone] == []
+
+
+def test_unigram_by_its_files_alone(tmp_path: Path) -> None:
+    metadata = unigram_metadata()
+    files = from_gguf(metadata).files
+    rebuilt = to_gguf(
+        TokenizerSpec(files), {"vocab_size": len(metadata["tokenizer.ggml.tokens"].value)}
+    )
+    assert rebuilt["tokenizer.ggml.model"].value == "t5"
+    assert differences(written(tmp_path, rebuilt), TokenizerSpec(files)) == []
 
 
 @pytest.mark.parametrize("add_bos", [True, False])

@@ -18,7 +18,9 @@ from oracles.vocabularies import (
     USER_TOKENS,
     byte_level_files,
     byte_level_metadata,
+    raw_bpe_metadata,
     sentencepiece_metadata,
+    unigram_metadata,
 )
 
 from mlxedge.errors import TokenizerError
@@ -80,6 +82,44 @@ def test_sentencepiece_metadata_comes_back_from_files_alone() -> None:
     ]
     order = [sorted(merged, key=scores[2].__getitem__) for scores in (old, new)]
     assert order[0] == order[1]
+
+
+@pytest.mark.parametrize("space_prefix", [True, False])
+@pytest.mark.parametrize("merge_spaces", [True, False])
+def test_unigram_metadata_comes_back_from_files_alone(
+    merge_spaces: bool, space_prefix: bool
+) -> None:
+    metadata = unigram_metadata(merge_spaces, space_prefix)
+    expected = values(metadata)
+    tokens, scores = expected[KEY + "tokens"][2], expected[KEY + "scores"][2]
+    for number in [i for i, text in enumerate(tokens) if text in ("<tool_call>", "<extra_id_0>")]:
+        scores[number] = 0.0  # their score is never looked at
+    # Merging spaces puts one before the first word in any case.
+    expected[KEY + "add_space_prefix"] = ("bool", None, space_prefix or merge_spaces)
+    assert values(rebuilt(metadata, vocab_size=len(tokens))) == expected
+
+
+def test_gemma4_metadata_comes_back_from_files_alone() -> None:
+    metadata = raw_bpe_metadata()
+    texts = list(metadata[KEY + "tokens"].value)
+    kinds = list(metadata[KEY + "token_type"].value)
+    texts += ["<|tool_response>", "<|tool_call>", "</s>", "<|turn>"]
+    kinds += [CONTROL, USER_DEFINED, NORMAL, CONTROL]
+    metadata |= {
+        KEY + "tokens": array("str", texts),
+        KEY + "token_type": array("i32", kinds),
+        KEY + "scores": array("f32", [-1000.0] * len(texts)),
+    }
+    expected = values(metadata)
+    kinds[texts.index("<|tool_response>")] = USER_DEFINED  # as the converter writes it
+    expected[KEY + "token_type"] = ("array", "i32", kinds)
+    for key, value in (("add_bos_token", True), ("add_eos_token", False)):
+        expected[KEY + key] = ("bool", None, value)
+    expected[KEY + "add_space_prefix"] = ("bool", None, False)
+    assert values(rebuilt(metadata)) == expected
+    ends = load(from_gguf(metadata)).end_ids
+    assert texts.index("<|tool_response>") in ends
+    assert texts.index("</s>") not in ends
 
 
 def test_a_name_by_hand_replaces_the_files() -> None:
@@ -273,9 +313,9 @@ TOKENS = len(byte_level_metadata("gpt-2")[KEY + "tokens"].value)
     [
         ({KEY + "model": None}, "model is missing"),
         ({KEY + "model": u32(1)}, "is of type u32, expected str"),
-        ({KEY + "model": string("bert")}, "'bert'; only"),
+        ({KEY + "model": string("bert")}, "'bert'; only gpt2, gemma4, llama, t5"),
         ({KEY + "pre": string("nonesuch")}, "'nonesuch' is not one that"),
-        ({KEY + "pre": string("kimi-k2")}, "'kimi-k2' has no equivalent"),
+        ({KEY + "pre": string("whitespace")}, "'whitespace' has no equivalent"),
         ({KEY + "tokens": None}, "tokens is missing"),
         ({KEY + "tokens": array("str", [])}, "tokens is missing, empty"),
         ({KEY + "tokens": string("a b")}, "is of type str, expected an array of str"),

@@ -121,12 +121,27 @@ def test_metadata_keeps_scores_and_kinds() -> None:
     assert made["tokenizer.ggml.unknown_token_id"].value == 0
 
 
-def test_a_unigram_model_takes_the_likeliest_pieces_and_is_not_written_to_gguf() -> None:
+def test_a_unigram_model_takes_the_likeliest_pieces() -> None:
     pieces = [*SPECIAL, ("▁a", -1.0, 1), ("b", -1.0, 1), ("▁ab", -1.5, 1), ("▁", -9.0, 1)]
     raw = model(pieces, kind=1)
     assert tokens(raw, "ab", add_special=False) == ["▁ab"]
-    with pytest.raises(TokenizerError, match="Unigram"):
-        to_gguf(spec(raw), {})
+    assert to_gguf(spec(raw), {})["tokenizer.ggml.model"].value == "t5"
+
+
+def test_a_unigram_model_with_byte_pieces_is_not_written_to_gguf() -> None:
+    """llama.cpp would give the unknown token where the model has bytes."""
+    pieces = [*SPECIAL, ("▁a", -1.0, 1), *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256))]
+    with pytest.raises(TokenizerError, match="Unigram with byte fallback"):
+        to_gguf(spec(model(pieces, kind=1)), {})
+
+
+def test_what_a_user_types_is_no_special_piece() -> None:
+    pieces = [*SPECIAL, ("▁", -3.0, 1), *((c, -3.0, 1) for c in "</s>unk")]
+    tokenizer = load(spec(model(pieces, kind=1)))
+    plain = tokenizer.encode("</s><unk>", add_special=False, parse_special=False)
+    assert [tokenizer.token(i) for i in plain] == ["▁", *"</s><unk>"]
+    parsed = tokenizer.encode("</s><unk>", add_special=False)
+    assert [tokenizer.token(i) for i in parsed] == ["</s>", "<unk>"]
 
 
 @pytest.mark.parametrize(
