@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 TORCH_DTYPE = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 #: Config keys that describe the source's storage and not the model.
-_STORAGE_KEYS = ("_name_or_path", "quantization", "quantization_config", "vision_config")
+_STORAGE_KEYS = (
+    "_name_or_path",
+    "quantization",
+    "quantization_config",
+    "compression_config",
+    "vision_config",
+)
 
 
 def json_bytes(value: Any) -> bytes:

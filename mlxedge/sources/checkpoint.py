@@ -128,6 +128,8 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     license: str | None = None
     #: The Hub id that a model card or the GGUF metadata names as the base.
     base_model: str | None = None
+    #: How a Hugging Face checkpoint is quantized, in a few words: "gptq, 4 bits".
+    quantized: str | None = None
     on_close: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def close(self) -> None:

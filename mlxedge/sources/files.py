@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 _HAS_PREADV = hasattr(os, "preadv")
+#: Part dtypes of one byte, as ``ml_dtypes`` calls them.
+_SMALL_FLOATS = {
+    "f8_e4m3": "float8_e4m3fn",
+    "f8_e5m2": "float8_e5m2",
+    "f8_e8m0": "float8_e8m0fnu",
+    "f8_e4m3fnuz": "float8_e4m3fnuz",
+    "f8_e5m2fnuz": "float8_e5m2fnuz",
+}
 
 
 class RandomAccessFile:
@@ -73,6 +81,20 @@ class RandomAccessFile:
         self.read_into(out.reshape(-1).data, offset + start * row_bytes)
         return out
 
+    def read_columns(
+        self, offset: int, row_bytes: int, rows: int, first: int, last: int
+    ) -> np.ndarray:
+        """Bytes ``first:last`` of each row of an array at ``offset``: fresh u8
+        ``[rows, last - first]``."""
+        import numpy as np
+
+        if last - first == row_bytes:
+            return self.read_rows(offset, row_bytes, 0, rows)
+        out = np.empty((rows, last - first), np.uint8)
+        for row in range(rows):
+            self.read_into(out[row].data, offset + row * row_bytes + first)
+        return out
+
     def close(self) -> None:
         self._file.close()
 
@@ -102,4 +124,6 @@ def numpy_dtype(dtype: str) -> np.dtype:
         return np.dtype(ml_dtypes.bfloat16)
     if dtype == "bool":
         return np.dtype(np.bool_)
+    if dtype in _SMALL_FLOATS:
+        return np.dtype(getattr(ml_dtypes, _SMALL_FLOATS[dtype]))
     return np.dtype(f"<{dtype[0]}{int(dtype[1:]) // 8}")

@@ -21,6 +21,8 @@ from mlxedge.tokenizer.spec import TokenizerSpec
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+#: What NVIDIA's ModelOpt writes beside a config that says nothing of quantization.
+MODELOPT_CONFIG = "hf_quant_config.json"
 MODEL_CARD = "README.md"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

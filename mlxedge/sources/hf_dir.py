@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlxedge.errors import SourceNotFoundError, UnsupportedEncodingError
+from mlxedge.errors import SourceNotFoundError
 from mlxedge.sources import folder as common
 from mlxedge.sources.checkpoint import Checkpoint, Origin, Tensors
 from mlxedge.sources.files import Opener, RandomAccessFile
 from mlxedge.sources.mlx_dir import is_mlx, mlx_tensors
+from mlxedge.sources.quantized import describe, quantization_rules
 
 
 def open_folder(
@@ -39,8 +40,9 @@ def open_folder(
     weights = common.Weights(shards, open_file)
     try:
         mlx = is_mlx(config, weights)
+        rules = None if mlx else quantization_rules(folder, config)
         tensors = (
-            mlx_tensors(folder, config, weights) if mlx else _hf_tensors(folder, config, weights)
+            mlx_tensors(folder, config, weights) if mlx else _hf_tensors(folder, rules, weights)
         )
     except BaseException:
         weights.close()
@@ -62,15 +64,14 @@ def open_folder(
         ),
         license=common.read_license(folder),
         base_model=common.read_base_model(folder),
+        quantized=describe(rules) if rules else None,
         on_close=weights.close,
     )
 
 
-def _hf_tensors(folder: Path, config: dict[str, Any], weights: common.Weights) -> Tensors:
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method"):
-        raise UnsupportedEncodingError(
-            f"{folder}: its weights are quantized with {quantization['quant_method']}; "
-            "start from the model's f32, f16 or bf16 weights"
-        )
+def _hf_tensors(folder: Path, rules: dict[str, Any] | None, weights: common.Weights) -> Tensors:
+    if rules is not None:
+        from mlxedge.sources.quantized import quantized_tensors
+
+        return quantized_tensors(folder, rules, weights)
     return Tensors({name: file.source_tensor(name) for name, file in weights.home.items()})

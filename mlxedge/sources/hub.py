@@ -40,6 +40,7 @@ _DEFAULT_REVISION = "main"
 _SIDE_FILES = {
     common.CONFIG,
     common.GENERATION_CONFIG,
+    common.MODELOPT_CONFIG,
     common.MODEL_CARD,
     common.INDEX,
     *common.TOKENIZER_FILES,

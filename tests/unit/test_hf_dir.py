@@ -232,10 +232,10 @@ BAD: dict[str, tuple[Callable[[Path], None], type[MlxedgeError], str]] = {
     "index-pickle": (_index({A: "pytorch_model.bin"}), UnsafeFileError, "never pickles"),
     "in-two-shards": (_in_two, CorruptFileError, f"{A} is also in {SHARDS[0]}"),
     "header": (_put("model.safetensors", b"\0" * 8), CorruptFileError, "not JSON"),
-    "gptq": (
-        _put("config.json", b'{"quantization_config": {"quant_method": "gptq"}}'),
+    "method": (
+        _put("config.json", b'{"quantization_config": {"quant_method": "hqq"}}'),
         UnsupportedEncodingError,
-        "gptq",
+        "hqq",
     ),
 }
 
