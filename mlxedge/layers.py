@@ -251,6 +251,7 @@ class LayerRunner(AbstractContextManager["LayerRunner"]):
             parts = tensor.read_rows(first, last)
             matrix = self._ops.Matrix(parts, tensor.encoding, last - first, shape.hidden)
             rows[start:stop] = matrix.decode()[used[start:stop] - first]
+        rows *= np.float32(shape.factors.embedding)
         for index, tokens in enumerate(self._ids):
             self.states.write(index, rows[np.searchsorted(used, tokens)])
         self._embedded = True

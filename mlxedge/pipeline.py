@@ -298,12 +298,14 @@ class _Run:
             error = 0.0
             kept = self._keep(parts, source, goal)
             known = work.hint.of(expert, result.quality)
-            made = kept or self._encode(weights, goal, known, result.quality)
+            wanted = plain + np.float32(goal.offset) if goal.offset else plain
+            values = wanted if goal.offset else weights
+            made = kept or self._encode(values, goal, known, result.quality)
             weighted = 0.0
             if kept is None:
-                error, weighted = self._error(made, goal, plain, importance)
+                error, weighted = self._error(made, goal, wanted, importance)
                 if finite and result.quality != "reference":
-                    error = self._in_range(plain, goal, error)
+                    error = self._in_range(wanted, goal, error)
                 if finite and not math.isfinite(error):
                     raise BadWeightsError(
                         f"{source.name} does not fit in {goal.encoding}: its largest weight is "

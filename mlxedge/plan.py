@@ -49,6 +49,8 @@ class PlannedTensor:
     encoding: Encoding
     how: How
     rows: RowOrder = "same"
+    #: What is added to the values.
+    offset: float = 0.0
     reason: str | None = None
     pieces: tuple[str, ...] = ()
     places: dict[str, Place] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from mlxedge.sources.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
     from mlxedge.calibration.statistics import Calibration
+    from mlxedge.models.rope import Rope
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
 
 FORMAT = "mlxedge-statistics-2"
@@ -86,19 +87,25 @@ _ROPE = {
 def _settings(shape: Shape, context: int) -> dict[str, Any]:
     """The settings of ``shape`` that bear on chunks of ``context`` tokens. Numbers have six digits,
     since GGUF keeps them in f32; windows that no chunk fills are none, since it has none."""
-    rope = shape.rope
-    used = {name: getattr(rope, name) for name in ("theta", "fraction", *_ROPE[rope.type])}
-    scaling = {rope.type: used} if _ROPE[rope.type] else used
     made = {key: value for key, value in asdict(shape).items() if key not in _NOT_SETTINGS}
     made["windows"] = [w if w < context else 0 for w in shape.windows]
-    made["rope"] = scaling
+    made["ropes"] = [_rope(rope) for rope in shape.ropes]
     rounded: dict[str, Any] = _rounded(made)
     return rounded
+
+
+def _rope(rope: Rope | None) -> dict[str, Any] | None:
+    if rope is None:
+        return None
+    used = {name: getattr(rope, name) for name in ("theta", "fraction", *_ROPE[rope.type])}
+    return {rope.type: used} if _ROPE[rope.type] else used
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.gguf_values import GgufValue
 from mlxedge.models.layout import rope_row_order, rope_row_order_to_gguf
-from mlxedge.models.rope import rope_settings
+from mlxedge.models.rope import Rope, rope_settings
 from mlxedge.models.spec import ModelSpec
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 #: Modules of this package that serve the architectures and are none themselves.
-_SHARED = {"decoder", "dense", "experts", "layout", "rope", "spec"}
+_SHARED = {"decoder", "dense", "experts", "layout", "names", "rope", "spec", "wiring"}
 
 
 @cache
@@ -72,11 +72,12 @@ def spec_for_gguf(arch: str, metadata: Mapping[str, GgufValue]) -> ModelSpec:
 def normalise(config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, Any]:
     """A copy of ``config`` in which what transformers leaves to defaults is spelled out.
 
-    ``head_dim``, ``num_key_value_heads``, ``rms_norm_eps`` and ``tie_word_embeddings`` are always
+    ``head_dim``, ``num_key_value_heads``, the norms' epsilon and ``tie_word_embeddings`` are always
     set; the head is tied if the config says so, or if it is silent and there is no
     ``lm_head.weight``. Raises UnsupportedModelError if a size is missing or makes no sense.
     """
-    config = dict(config)
+    spec = spec_for(config)
+    config = spec.adopt(dict(config))
     wrong = [key for key in _SIZES if not _positive_int(config.get(key))]
     wrong += [
         key
@@ -101,12 +102,15 @@ def normalise(config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, 
     config["head_dim"] = config.get("head_dim") or hidden // heads
     if config["head_dim"] % 2:
         raise UnsupportedModelError(f"head_dim ({config['head_dim']}) is odd: rotation needs pairs")
-    epsilon = config.get("rms_norm_eps")
-    config["rms_norm_eps"] = epsilon = 1e-6 if epsilon is None else epsilon
+    epsilon = config.get(spec.epsilon)
+    config[spec.epsilon] = epsilon = 1e-6 if epsilon is None else epsilon
     if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
-        raise UnsupportedModelError(f"rms_norm_eps is {str(epsilon)[:40]!r}, not a small number")
-    if not isinstance(config.get("layer_types") or [], list):
-        raise UnsupportedModelError("the config's layer_types is not a list")
+        raise UnsupportedModelError(f"{spec.epsilon} is {str(epsilon)[:40]!r}, not a small number")
+    types = config.get("layer_types")
+    if types is not None and not (
+        isinstance(types, list) and len(types) == config["num_hidden_layers"]
+    ):
+        raise UnsupportedModelError("the config's layer_types is not a list of all layers")
     _check_rope(config)
     tied = config.get("tie_word_embeddings")
     if tied is None:
@@ -135,13 +139,19 @@ def _positive_int(value: Any) -> bool:
     return type(value) is int and 0 < value < 1 << 31
 
 
+def _sane(rope: Rope) -> bool:
+    numbers = (rope.factor, rope.beta_fast, rope.beta_slow, rope.fraction, rope.theta - 1)
+    return all(0 < n < math.inf for n in numbers) and (
+        rope.type != "llama3" or rope.low_freq_factor < rope.high_freq_factor
+    )
+
+
 def _check_rope(config: dict[str, Any]) -> None:
     """Raise UnsupportedModelError for rotary settings that are not numbers, or no sane ones."""
     try:
-        rope = rope_settings(config)
-        numbers = (rope.factor, rope.beta_fast, rope.beta_slow, rope.fraction, rope.theta - 1)
-        sane = all(0 < n < math.inf for n in numbers)
-        sane = sane and (rope.type != "llama3" or rope.low_freq_factor < rope.high_freq_factor)
+        given = config.get("rope_parameters") or {}
+        kinds = [kind for kind, values in given.items() if isinstance(values, Mapping)]
+        sane = all(_sane(rope_settings(config, kind)) for kind in kinds or [None])
     except UnsupportedModelError:
         return  # it concerns the runtimes: ModelSpec.objections says it for them
     except (TypeError, ValueError, AttributeError, ArithmeticError):

@@ -1,34 +1,34 @@
-"""The forward pass that llama, mistral, qwen2, qwen3 and their kind share.
+"""The forward pass that llama, qwen, gemma and their kind share.
 
-Pre-norm blocks of grouped-query attention with rotary embeddings and of a gated MLP. What differs
-between them is optional and found in the checkpoint: biases, norms of the heads of Q and K, a
-sliding window, a head of its own. Names and layouts are Hugging Face's.
+Blocks of grouped-query attention with rotary embeddings and of an MLP, or a mixture of experts.
+What differs between them an architecture declares (``mlxedge.models.wiring``), or it is found in
+the checkpoint: biases, a head of its own. Names and layouts are Hugging Face's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.models import spec_for
 from mlxedge.models.experts import ROUTER, SHARED, SHARED_GATE, STACKS, ExpertShape
-from mlxedge.models.rope import Rope, inverse_frequencies, rope_settings
+from mlxedge.models.rope import Rope, inverse_frequencies
+from mlxedge.models.wiring import Factors, Wiring, activation_of
 from mlxedge.ops import load_forward, load_reference
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
-
-_SILU = ("silu", "swish")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes and settings. ``windows`` is the sliding window of each layer, 0 for none."""
+    """Sizes and settings. ``windows`` is the sliding window of each layer, 0 for none, ``ropes``
+    the rotary embedding of each, ``None`` for none."""
 
     hidden: int
     layers: int
@@ -39,17 +39,18 @@ class Shape:
     vocab: int
     context: int
     epsilon: float
-    rope: Rope
+    ropes: tuple[Rope | None, ...]
     windows: tuple[int, ...]
+    activation: str
+    wiring: Wiring
+    factors: Factors
     experts: ExpertShape | None = None
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
     """Read a prepared config; raises UnsupportedModelError if a forward pass would be wrong."""
     spec = spec_for(config)
-    activation = config.get("hidden_act") or config.get("hidden_activation") or "silu"
-    if activation not in _SILU:
-        raise UnsupportedModelError(f"hidden_act {activation!r} is not supported: only silu is")
+    activation = activation_of(config, spec.wiring)
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         layers = int(config["num_hidden_layers"])
@@ -68,9 +69,12 @@ def shape_of(config: dict[str, Any]) -> Shape:
         intermediate=intermediate,
         vocab=vocab,
         context=int(config.get("max_position_embeddings") or 2048),
-        epsilon=float(config.get("rms_norm_eps") or 1e-6),
-        rope=rope_settings(config),
+        epsilon=float(config.get(spec.epsilon) or 1e-6),
+        ropes=spec.ropes(config),
         windows=spec.windows(config),
+        activation=activation,
+        wiring=spec.wiring,
+        factors=spec.factors(config),
         experts=spec.experts.shape(config) if spec.experts else None,
     )
 
@@ -92,16 +96,26 @@ class Weights:
         return name in self._tensors
 
     def matrix(self, name: str, rows: int, cols: int) -> Any:
-        tensor = self.tensor(name, (rows, cols))
-        matrix = self._ops.Matrix(tensor.read(), tensor.encoding, rows, cols)
+        return self._part(self.tensor(name, (rows, cols)), 0, rows)
+
+    def _part(self, tensor: SourceTensor, start: int, stop: int) -> Any:
+        parts = tensor.read_rows(start, stop)
+        matrix = self._ops.Matrix(parts, tensor.encoding, stop - start, tensor.cols)
         self.nbytes += matrix.nbytes
         return matrix
 
-    def product(self, name: str, x: Any, out: Any, add_to: Any = None) -> Any:
-        """``out = x @ W.T + b`` of a linear layer, and then ``add_to += out``."""
-        matrix = self.matrix(name, out.width, x.width)
+    def products(self, name: str, x: Any, outs: Sequence[Any], add_to: Any = None) -> list[Any]:
+        """``out = x @ W.T + b`` of a linear layer whose rows are those of all ``outs`` in turn, and
+        then ``add_to += out``."""
+        tensor = self.tensor(name, (sum(out.width for out in outs), x.width))
         bias = self.optional(name.removesuffix("weight") + "bias")
-        return self._ops.Product(matrix, out, bias, add_to)
+        found, start = [], 0
+        for out in outs:
+            stop = start + out.width
+            part = None if bias is None else bias[start:stop]
+            found.append(self._ops.Product(self._part(tensor, start, stop), out, part, add_to))
+            start = stop
+        return found
 
     def experts(self, name: str, count: int, x: Any, out: Any) -> Any:
         """``out = x @ W[e].T`` for the slots of each of ``count`` experts."""
@@ -132,8 +146,13 @@ class Weights:
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: The matrices of a block, those together that have the same input.
-_ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
-_DENSE = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_QKV_FUSED = ("self_attn.qkv_proj",)
+_MLP = {
+    "gated": ("mlp.gate_proj", "mlp.up_proj"),
+    "fused": ("mlp.gate_up_proj",),
+    "plain": ("mlp.up_proj",),
+}
 _ROUTED = ((ROUTER,), STACKS[:2], STACKS[2:])
 _SHARING = ((ROUTER, SHARED_GATE, *SHARED[:2]), STACKS[:2], STACKS[2:], SHARED[2:])
 
@@ -141,12 +160,12 @@ _SHARING = ((ROUTER, SHARED_GATE, *SHARED[:2]), STACKS[:2], STACKS[2:], SHARED[2
 def layer_groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
     """The names of a layer's matrices, those together that have the same input, in the order in
     which they compute."""
-    experts = shape.experts
+    experts, wiring = shape.experts, shape.wiring
     if experts is None or layer not in experts.layers:
-        mlp: tuple[tuple[str, ...], ...] = _DENSE
+        mlp: tuple[tuple[str, ...], ...] = (_MLP[wiring.mlp], ("mlp.down_proj",))
     else:
         mlp = _SHARING if experts.shared_width else _ROUTED
-    groups = (*_ATTENTION, *mlp)
+    groups = (_QKV_FUSED if wiring.qkv_fused else _QKV, ("self_attn.o_proj",), *mlp)
     return [tuple(f"model.layers.{layer}.{n}.weight" for n in group) for group in groups]
 
 
@@ -167,6 +186,12 @@ class Graph:
         self.shape, self.weights = shape, weights
         self._ops, self._tapped = ops, tapped
         self.x, self._h = tape.buffer(shape.hidden), tape.buffer(shape.hidden)
+        self._ropes = list(dict.fromkeys(rope for rope in shape.ropes if rope is not None))
+
+    @cached_property
+    def _parallel_buffer(self) -> Any:
+        """What attention gives, until the MLP has seen the stream without it."""
+        return self.tape.buffer(self.shape.hidden)
 
     @cached_property
     def _block_buffers(self) -> tuple[Any, ...]:
@@ -177,9 +202,9 @@ class Graph:
         return mixed, delta, q, k, v
 
     @cached_property
-    def _dense_buffers(self) -> tuple[Any, Any]:
-        width = self.shape.intermediate
-        return self.tape.buffer(width), self.tape.buffer(width)
+    def _dense_buffers(self) -> list[Any]:
+        count = 1 if self.shape.wiring.mlp == "plain" else 2
+        return [self.tape.buffer(self.shape.intermediate) for _ in range(count)]
 
     @cached_property
     def _expert_buffers(self) -> tuple[Any, ...]:
@@ -197,42 +222,85 @@ class Graph:
         """x = the rows of the tokens; returns the table."""
         table = self.weights.matrix(TABLE, self.shape.vocab, self.shape.hidden)
         self.tape.embed(table, self.x)
+        if self.shape.factors.embedding != 1.0:
+            self.tape.scale(self.x, self.shape.factors.embedding)
         return table
 
     def block(self, layer: int) -> None:
         """x = block ``layer`` of x."""
-        shape, tape, weights = self.shape, self.tape, self.weights
+        shape, tape, wiring = self.shape, self.tape, self.shape.wiring
         x, h = self.x, self._h
-        mixed, delta, q, k, v = self._block_buffers
+        mixed, delta, *qkv = self._block_buffers
         block = f"model.layers.{layer}."
-        attend = f"{block}self_attn."
         qkv_names, o_names, *mlp_names = layer_groups(shape, layer)
-        self._norm(f"{block}input_layernorm.weight")
-        self._linear(h, qkv_names, [q, k, v])
-        tape.attention(
+        seen = self._normed(block, wiring.attention_norm, h)
+        self._linear(seen, qkv_names, qkv)
+        self._attention(layer, *qkv, mixed)
+        if not wiring.parallel:
+            self._linear_onto(mixed, o_names, f"{block}{wiring.attention_out_norm}", delta)
+            seen = self._normed(block, wiring.mlp_norm, h)
+        else:
+            # What the MLP sees is x before attention is added.
+            after = self._parallel_buffer
+            self._linear(mixed, o_names, [after])
+            if wiring.mlp_norm is not None:
+                seen = self._normed(block, wiring.mlp_norm, h)
+        if shape.experts is not None and layer in shape.experts.layers:
+            self._mixture(shape.experts, mlp_names)
+        else:
+            gate, *up = self._dense_buffers
+            self._linear(seen, mlp_names[0], [gate, *up])
+            tape.gate(gate, up[0] if up else None, shape.activation)
+            self._linear_onto(gate, mlp_names[1], f"{block}{wiring.mlp_out_norm}", delta)
+        if wiring.parallel:
+            tape.add(after, x, shape.factors.residual)
+
+    def _attention(self, layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
+        """out = attention of what q, k and v hold."""
+        shape, weights, wiring = self.shape, self.weights, self.shape.wiring
+        norms = [
+            weights.optional(f"model.layers.{layer}.self_attn.{part}_norm.weight")
+            for part in ("q", "k")
+        ]
+        norms = [w if w is None else w + np.float32(wiring.unit_norm) for w in norms]
+        if wiring.head_norm == "width":
+            for x, weight in zip((q, k), norms, strict=True):
+                self.tape.norm(x, weight, shape.epsilon, x, centred=wiring.layer_norm)
+            norms = [None, None]
+        rope = shape.ropes[layer]
+        scale = shape.factors.attention
+        self.tape.attention(
             q,
             k,
             v,
-            mixed,
+            out,
             heads=shape.heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
-            rotated=shape.rope.dims(shape.head_dim),
-            scale=shape.head_dim**-0.5,
-            q_norm=weights.optional(f"{attend}q_norm.weight"),
-            k_norm=weights.optional(f"{attend}k_norm.weight"),
+            rotated=0 if rope is None else rope.dims(shape.head_dim),
+            scale=shape.head_dim**-0.5 if scale is None else scale,
+            q_norm=norms[0],
+            k_norm=norms[1],
             epsilon=shape.epsilon,
             window=shape.windows[layer],
+            cap=shape.factors.attention_cap,
+            rope=0 if rope is None else self._ropes.index(rope),
+            neighbours=wiring.neighbours,
+            centred=wiring.layer_norm,
+            norm_last=wiring.head_norm == "last",
         )
-        self._linear(mixed, o_names, [delta], add_to=x)
-        self._norm(f"{block}post_attention_layernorm.weight")
-        if shape.experts is None or layer not in shape.experts.layers:
-            gate, up = self._dense_buffers
-            self._linear(h, mlp_names[0], [gate, up])
-            tape.gate(gate, up)
-            self._linear(gate, mlp_names[1], [delta], add_to=x)
-        else:
-            self._mixture(shape.experts, mlp_names)
+
+    def _linear_onto(self, x: Any, names: tuple[str, ...], norm: str, delta: Any) -> None:
+        """The stream += the factor · the norm of what x gives, where there is one."""
+        factor = self.shape.factors.residual
+        normed = f"{norm}.weight" in self.weights
+        if factor == 1.0 and not normed:
+            self._linear(x, names, [delta], add_to=self.x)
+            return
+        self._linear(x, names, [delta])
+        if normed:
+            self._norm(delta, norm, delta)
+        self.tape.add(delta, self.x, factor)
 
     def _mixture(self, experts: ExpertShape, names: list[tuple[str, ...]]) -> None:
         """x += the chosen experts' output for h, and the shared expert's."""
@@ -249,15 +317,15 @@ class Graph:
             products = [weights.experts(n, experts.count, source, out) for n, out in pairs]
             tape.expert_linear(source, choice, products)
             if source is rows:
-                tape.gate(gate, up)
+                tape.gate(gate, up, self.shape.activation)
         tape.combine(down, choice, x)
         if sharing:
             counts, gate, up = sharing
-            tape.gate(gate, up)
+            tape.gate(gate, up, self.shape.activation)
             self._tap(shared_down[0], gate)
             tape.scale_by_sigmoid(gate, counts)
             delta = self._block_buffers[1]
-            tape.linear(gate, [weights.product(shared_down[0][0], gate, delta, x)])
+            tape.linear(gate, weights.products(shared_down[0][0], gate, [delta], x))
 
     def head(self, table: Any = None) -> Any:
         """Logits of x; returns their buffer. ``table`` is the embedding's, where it is known."""
@@ -267,12 +335,15 @@ class Graph:
         if table is None or name != TABLE:
             table = self.weights.matrix(name, self.shape.vocab, self.shape.hidden)
         self.tape.linear(self._h, [self._ops.Product(table, logits)])
+        factors = self.shape.factors
+        if factors.logits != 1.0 or factors.logits_cap:
+            self.tape.scale(logits, factors.logits, factors.logits_cap)
         return logits
 
     def final_norm(self) -> None:
         """Up to the head's input, which is tapped."""
         self.tape.head()
-        self._norm("model.norm.weight")
+        self._norm(self.x, "model.norm", self._h)
         self._tap((head_name(self.weights),), self._h)
 
     def runner(self, team: Any, rows: int, result: Any = None) -> Any:
@@ -283,10 +354,8 @@ class Graph:
             hidden=self.x,
             result=result,
             ropes=[
-                (
-                    inverse_frequencies(self.shape.rope, self.shape.head_dim),
-                    self.shape.rope.attention_factor,
-                )
+                (inverse_frequencies(rope, self.shape.head_dim), rope.attention_factor)
+                for rope in self._ropes
             ],
             rows=rows,
         )
@@ -295,14 +364,30 @@ class Graph:
         """An empty cache of keys and values for one sequence."""
         return self._ops.Cache(self.tape, self.shape.kv_heads, self.shape.context)
 
-    def _norm(self, weight: str) -> None:
-        """h = RMSNorm(x)."""
-        self.tape.norm(self.x, self.weights.vector(weight), self.shape.epsilon, self._h)
+    def _normed(self, block: str, module: str | None, h: Any) -> Any:
+        """The buffer ``h`` with the norm of the stream, or the stream where there is no norm."""
+        if module is None:
+            return self.x
+        self._norm(self.x, f"{block}{module}", h)
+        return h
+
+    def _norm(self, x: Any, module: str, out: Any) -> None:
+        wiring = self.shape.wiring
+        weight = self.weights.vector(f"{module}.weight")
+        if wiring.unit_norm:
+            weight = weight + np.float32(1.0)
+        bias = self.weights.optional(f"{module}.bias")
+        self.tape.norm(x, weight, self.shape.epsilon, out, centred=wiring.layer_norm, bias=bias)
 
     def _linear(self, x: Any, names: tuple[str, ...], outs: list[Any], add_to: Any = None) -> None:
+        """The products of x with matrices, one for each of ``outs``, or one for all of them."""
         self._tap(names, x)
-        pairs = zip(names, outs, strict=True)
-        self.tape.linear(x, [self.weights.product(n, x, out, add_to) for n, out in pairs])
+        if len(names) == 1:
+            products = self.weights.products(names[0], x, outs, add_to)
+        else:
+            pairs = zip(names, outs, strict=True)
+            products = [p for n, out in pairs for p in self.weights.products(n, x, [out], add_to)]
+        self.tape.linear(x, products)
 
     def _tap(self, names: tuple[str, ...], x: Any) -> None:
         if self._tapped:

@@ -7,131 +7,59 @@ conversion/llama.py, as vendored by llama-cpp-python 0.3.36.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlxedge import gguf_values as gv
 from mlxedge.errors import TokenizerError, UnsupportedModelError
-from mlxedge.models.experts import ROUTER, SHARED, SHARED_GATE, STACKS, Experts
+from mlxedge.models.experts import Experts
 from mlxedge.models.rope import Rope, inverse_frequencies, rope_settings
-from mlxedge.models.spec import Config, ModelSpec, Name, RowOrder
+from mlxedge.models.spec import Config, ModelSpec, Name
+from mlxedge.models.wiring import ACTIVATIONS, NAMES, PRE_NORM, Factors, Wiring, activation_name
 
 if TYPE_CHECKING:
     import numpy as np
-
-_BLOCK = "model.layers.{i}."
-
-
-def names(
-    *, rope_rows: bool = False, qkv_bias: bool | str = False, o_bias: bool | str = False,
-    mlp_bias: bool | str = False, qk_norm: bool = False, experts: Experts | None = None,
-    block: str = "mlp", parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-) -> tuple[Name, ...]:  # fmt: skip
-    """The tensors of a decoder. ``rope_rows``: Q and K are interleaved in GGUF. A bias is there
-    always (``True``), never, or as the config key of that name says. With ``experts``, files call
-    the module that holds them ``block``, and gate, up and down of one expert ``parts``."""
-    q: RowOrder = "rope_q" if rope_rows else "same"
-    k: RowOrder = "rope_k" if rope_rows else "same"
-    norm, wide, narrow = ("hidden",), ("intermediate", "hidden"), ("hidden", "intermediate")
-    layer: list[tuple[Any, ...]] = [
-        ("input_layernorm.weight", "attn_norm.weight", norm),
-        ("post_attention_layernorm.weight", "ffn_norm.weight", norm),
-        ("self_attn.q_proj.weight", "attn_q.weight", ("q", "hidden"), q),
-        ("self_attn.k_proj.weight", "attn_k.weight", ("kv", "hidden"), k),
-        ("self_attn.v_proj.weight", "attn_v.weight", ("kv", "hidden")),
-        ("self_attn.o_proj.weight", "attn_output.weight", ("hidden", "q")),
-    ]
-    dense: tuple[Any, ...] = ()
-    if experts is not None:
-        dense = "same", lambda config: True, experts.dense_layers
-    if experts is None or experts.sparse:
-        layer += [
-            ("mlp.gate_proj.weight", "ffn_gate.weight", wide, *dense),
-            ("mlp.up_proj.weight", "ffn_up.weight", wide, *dense),
-            ("mlp.down_proj.weight", "ffn_down.weight", narrow, *dense),
-        ]
-    if qkv_bias:
-        given = _given(qkv_bias)
-        layer += [
-            ("self_attn.q_proj.bias", "attn_q.bias", ("q",), q, given),
-            ("self_attn.k_proj.bias", "attn_k.bias", ("kv",), k, given),
-            ("self_attn.v_proj.bias", "attn_v.bias", ("kv",), "same", given),
-        ]
-    if o_bias:
-        given = _given(o_bias)
-        layer.append(("self_attn.o_proj.bias", "attn_output.bias", norm, "same", given))
-    if mlp_bias:
-        given = _given(mlp_bias)
-        for part, width in (("gate", "intermediate"), ("up", "intermediate"), ("down", "hidden")):
-            layer.append((f"mlp.{part}_proj.bias", f"ffn_{part}.bias", (width,), "same", given))
-    if qk_norm:
-        layer += [
-            ("self_attn.q_norm.weight", "attn_q_norm.weight", ("head",)),
-            ("self_attn.k_norm.weight", "attn_k_norm.weight", ("head",)),
-        ]
-    return (
-        Name("model.embed_tokens.weight", "token_embd.weight", ("vocab", "hidden")),
-        Name("model.norm.weight", "output_norm.weight", norm),
-        Name("lm_head.weight", "output.weight", ("vocab", "hidden"), present=_untied),
-        *(Name(_BLOCK + hf, "blk.{i}." + gguf, *rest) for hf, gguf, *rest in layer),
-        *(_expert_names(experts, block, parts) if experts else ()),
-    )
-
-
-def _expert_names(experts: Experts, block: str, parts: Sequence[str]) -> Iterator[Name]:
-    shapes = (("expert", "hidden"), ("expert", "hidden"), ("hidden", "expert"))
-    layers = experts.layers
-
-    def own(name: str) -> str | None:
-        return None if block == "mlp" else f"{_BLOCK}{block}.{name}.weight"
-
-    yield Name(
-        f"{_BLOCK}{ROUTER}.weight",
-        "blk.{i}.ffn_gate_inp.weight",
-        ("experts", "hidden"),
-        layers=layers,
-        stored=own("gate"),
-        mlx=own("gate"),
-    )
-    for stack, part, kind, shape in zip(STACKS, parts, ("gate", "up", "down"), shapes, strict=True):
-        yield Name(
-            f"{_BLOCK}{stack}.weight",
-            f"blk.{{i}}.ffn_{kind}_exps.weight",
-            ("experts", *shape),
-            layers=layers,
-            stored=f"{_BLOCK}{block}.experts.{{e}}.{part}.weight",
-            mlx=f"{_BLOCK}{block}.switch_mlp.{kind}_proj.weight",
-        )
-    if experts.shared_width is None:
-        return
-    for shared, kind, (rows, cols) in zip(SHARED, ("gate", "up", "down"), shapes, strict=True):
-        wide = tuple("shared" if word == "expert" else word for word in (rows, cols))
-        gguf = f"blk.{{i}}.ffn_{kind}_shexp.weight"
-        yield Name(f"{_BLOCK}{shared}.weight", gguf, wide, layers=layers)
-    gguf = "blk.{i}.ffn_gate_inp_shexp.weight"
-    yield Name(f"{_BLOCK}{SHARED_GATE}.weight", gguf, ("one", "hidden"), layers=layers)
-
-
-def _given(bias: bool | str) -> Callable[[Config], bool]:
-    return lambda config: bool(config.get(bias)) if isinstance(bias, str) else bias
-
-
-def _untied(config: Config) -> bool:
-    return not config["tie_word_embeddings"]
 
 
 def no_windows(config: Config) -> tuple[int, ...]:
     return (0,) * config["num_hidden_layers"]
 
 
+#: Gives a GGUF key of the architecture, or a default (``None``).
+Get = Callable[..., Any]
+
+
+def one_rope(config: Config) -> tuple[Rope | None, ...]:
+    """The same in all layers."""
+    return (rope_settings(config),) * config["num_hidden_layers"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A config key that a GGUF file has under the name ``gguf``; ``default`` is what a file means
+    that does not have it."""
+
+    config: str
+    gguf: str
+    kind: Literal["f32", "u32"] = "f32"
+    default: float | int | None = None
+
+
 @dataclass(frozen=True)
 class Dense:
     """The functions of a ``ModelSpec`` for one dense architecture.
 
-    ``fixed`` are config keys that every model of this type has (``attention_bias`` and the like);
-    ``freq_factors`` tells whether llama.cpp reads ``rope_freqs.weight`` for it; ``head_dim_free``
-    whether llama.cpp allows heads that do not add up to the hidden size.
+    - ``fixed``: config keys that every model of this type has (``attention_bias`` and the like).
+    - ``defaults``: what transformers takes for keys that a config leaves out.
+    - ``freq_factors``: whether llama.cpp reads ``rope_freqs.weight``; ``head_dim_free``: whether it
+      allows heads that do not add up to the hidden size.
+    - ``keys``: further config keys that GGUF has; ``mlx``: those that mlx-lm reads under another
+      name or in another form.
+    - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
+      layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
+    - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
+    - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
 
     model_type: str
@@ -142,10 +70,24 @@ class Dense:
     freq_factors: bool = False
     head_dim_free: bool = True
     experts: Experts | None = None
+    wiring: Wiring = PRE_NORM
+    factors: Callable[[Config], Factors] = lambda config: Factors()
+    ropes: Callable[[Config], tuple[Rope | None, ...]] = one_rope
+    epsilon: str = "rms_norm_eps"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    keys: tuple[Key, ...] = ()
+    mlx: Callable[[Config], Config] = lambda config: {}
+    windowed: Container[str] = ()
+    period: int = 0
+    tied: Mapping[str, bool] = field(default_factory=dict)
+    adopts: Callable[[Config], Config] = lambda config: config
+    settles: Callable[[Config], Config] = lambda config: config
     #: The sliding window of each layer, 0 for none, as transformers 5 applies it.
     windows: Callable[[Config], tuple[int, ...]] = no_windows
     reads: Callable[[Mapping[str, gv.GgufValue]], bool] = lambda metadata: True
     check: Callable[[Config, str], list[str]] = lambda config, runtime: []
+    #: The last step of ``config_from_gguf``: the config so far, and what reads the metadata.
+    back: Callable[[Config, Get], Config] = lambda config, get: config
 
     def spec(self) -> ModelSpec:
         return ModelSpec(
@@ -160,41 +102,76 @@ class Dense:
             objections=self.objections,
             window=self.window,
             windows=self.windows,
-            settle=self.experts.settle if self.experts else lambda config: config,
+            ropes=self.ropes,
+            factors=self.factors,
+            wiring=self.wiring,
+            epsilon=self.epsilon,
+            adopt=self.adopt,
+            settle=self.settle,
             reads=self.reads,
             experts=self.experts,
         )
 
+    def adopt(self, config: Config) -> Config:
+        config = self.adopts(config)
+        missing = {k: v for k, v in self.defaults.items() if config.get(k) is None}
+        return config | missing
+
+    def settle(self, config: Config) -> Config:
+        if self.period and config.get("layer_types") is None:
+            config = config | {"layer_types": layer_types(config, self.period)}
+        config = self.settles(config)
+        return self.experts.settle(config) if self.experts else config
+
     def gguf_metadata(self, config: Config) -> gv.Metadata:
         head_dim = config["head_dim"]
-        rope = rope_settings(config)
+        rope = self._rope(config)
         values = {
             "block_count": gv.u32(config["num_hidden_layers"]),
-            "context_length": gv.u32(_context(config, self.window(config))),
+            "context_length": gv.u32(_context(config, self.window(config, "gguf"))),
             "embedding_length": gv.u32(config["hidden_size"]),
             "feed_forward_length": gv.u32(config["intermediate_size"]),
             "attention.head_count": gv.u32(config["num_attention_heads"]),
             "attention.head_count_kv": gv.u32(config["num_key_value_heads"]),
             "attention.key_length": gv.u32(head_dim),
             "attention.value_length": gv.u32(head_dim),
-            "attention.layer_norm_rms_epsilon": gv.f32(config["rms_norm_eps"]),
+            self._epsilon_key: gv.f32(config[self.epsilon]),
             "vocab_size": gv.u32(config["vocab_size"]),
             "rope.dimension_count": gv.u32(rope.dims(head_dim)),
             "rope.freq_base": gv.f32(rope.theta),
         }
+        for key in self.keys:
+            if (value := config.get(key.config)) is not None:
+                values[key.gguf] = gv.f32(value) if key.kind == "f32" else gv.u32(value)
+        if "gguf" in self.windowed and any(windows := self.windows(config)):
+            values["attention.sliding_window"] = gv.u32(max(windows))
+            own = [kind == _SLIDING for kind in layer_types(config, self.period)]
+            if own != (pattern := [w > 0 for w in windows]) or not self.period:
+                values["attention.sliding_window_pattern"] = gv.array("bool", pattern)
         if self.experts is not None:
             keys = _expert_keys(self.experts)
             values |= {gguf_key: gv.u32(config[key]) for key, gguf_key in keys.items()}
         return {f"{self.arch}.{k}": v for k, v in (values | _rope_scaling(rope)).items()}
 
+    @property
+    def _epsilon_key(self) -> str:
+        kind = "layer_norm_epsilon" if self.wiring.layer_norm else "layer_norm_rms_epsilon"
+        return f"attention.{kind}"
+
+    def _rope(self, config: Config) -> Rope:
+        """That of the layers that attend to everything, where they differ."""
+        pairs = zip(self.ropes(config), self.windows(config), strict=True)
+        found = [(window, rope) for rope, window in pairs if rope is not None]
+        return min(found, key=lambda one: one[0], default=(0, Rope()))[1]
+
     def gguf_extra(self, config: Config) -> dict[str, np.ndarray]:
         """``rope_freqs.weight`` f32 ``[head_dim / 2]`` for llama3 rope: plain over scaled."""
         import numpy as np
 
-        rope = rope_settings(config)
+        rope = self._rope(config)
         if rope.type != "llama3":
             return {}
-        plain = inverse_frequencies(Rope(theta=rope.theta), config["head_dim"])
+        plain = inverse_frequencies(replace(rope, type="default"), config["head_dim"])
         scaled = inverse_frequencies(rope, config["head_dim"])
         return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
 
@@ -233,33 +210,52 @@ class Dense:
             for key, gguf_key in _YARN.items():
                 if (value := get(gguf_key)) is not None:
                     rope[key] = float(value)
+        head_dim = get("attention.key_length") or hidden // heads
+        if (rotated := get("rope.dimension_count", head_dim)) != head_dim and self.wiring.partial:
+            rope["partial_rotary_factor"] = rotated / head_dim
         config: Config = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
-            "hidden_act": "silu",
+            "hidden_act": self.wiring.activation,
             "hidden_size": hidden,
             "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": get("attention.head_count_kv") or heads,
-            "head_dim": get("attention.key_length") or hidden // heads,
+            "head_dim": head_dim,
             "max_position_embeddings": get("context_length", 2048),
-            "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon", 1e-6)),
+            self.epsilon: _shortest(get(self._epsilon_key, 1e-6)),
             "vocab_size": vocab,
             **self.fixed,
         }
+        for key in self.keys:
+            value = get(key.gguf, key.default)
+            config[key.config] = _shortest(value) if isinstance(value, float) else value
+        if "gguf" in self.windowed:
+            config |= self._windows_from_gguf(get, config["num_hidden_layers"])
         if self.experts is not None:
             for key, gguf_key in _expert_keys(self.experts).items():
                 if (value := get(gguf_key)) is not None or key not in config:
                     config[key] = value
         if (factors := extra.get("rope_freqs.weight")) is not None:
             rope |= llama3_from_factors(factors, rope["rope_theta"], config["head_dim"])
-        return config | _both_styles(rope)
+        return self.back(config | _both_styles(rope), get)
+
+    def _windows_from_gguf(self, get: Get, layers: int) -> Config:
+        window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
+        found: Config = {"sliding_window": window or None}
+        if not window:
+            found["layer_types"] = [_FULL] * layers
+        elif pattern is not None and not isinstance(pattern, int):
+            found["layer_types"] = [_SLIDING if sliding else _FULL for sliding in pattern]
+        elif pattern is not None:
+            found["sliding_window_pattern"] = pattern
+        return found
 
     def mlx_config(self, config: Config) -> Config:
         """mlx-lm reads ``rope_theta`` and ``rope_scaling`` only (0.32.2), so both styles are
         written; its defaults differ from transformers', so nothing is left to them."""
-        rope = rope_settings(config)
+        rope = self._rope(config)
         values: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
         if rope.type != "default":
             values["factor"] = rope.factor
@@ -272,25 +268,35 @@ class Dense:
             values["original_max_position_embeddings"] = rope.original_max_position
         made = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")}
         made |= {k: v for k, v in self.fixed.items() if k not in made}
-        # mlx-lm runs every layer of these types with full attention.
-        made.pop("layer_types", None)
-        if (window := self.window(config)) is not None:
+        if "mlx" not in self.windowed:
+            made.pop("layer_types", None)  # it runs every layer with full attention
+        if (window := self.window(config, "mlx")) is not None:
             made["max_position_embeddings"] = window
-        return made | _both_styles(values)
+        if self.wiring.partial:
+            made["partial_rotary_factor"] = values["partial_rotary_factor"] = rope.fraction
+        return made | _both_styles(values) | self.mlx(config)
 
-    def window(self, config: Config) -> int | None:
-        """The smallest sliding window of any layer, if the model's context is longer."""
+    def window(self, config: Config, runtime: str) -> int | None:
+        """The smallest sliding window of any layer, if the model's context is longer and the
+        runtime attends to all of it."""
+        if runtime in self.windowed:
+            return None
         window = min((w for w in self.windows(config) if w), default=None)
         return window if window is not None and window < _context(config) else None
 
     def objections(self, config: Config, runtime: str) -> list[str]:
         """Why llama.cpp ("gguf") or mlx-lm ("mlx") would compute something else."""
-        rope = rope_settings(config)
+        rope = self._rope(config)
         found = list(self.check(config, runtime))
-        if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            found.append(f"hidden_act {config['hidden_act']!r} is not silu")
-        if rope.fraction != 1.0:
+        name = activation_name(config, self.wiring)
+        if ACTIVATIONS.get(name) != ACTIVATIONS[self.wiring.activation]:
+            found.append(f"hidden_act {name[:40]!r} is not {self.wiring.activation}")
+        if rope.fraction != 1.0 and not self.wiring.partial:
             found.append("partial rotary embeddings are not part of this architecture")
+        tied = config["tie_word_embeddings"]
+        if self.tied.get(runtime, tied) != tied:
+            kind = "untied" if self.tied[runtime] else "tied"
+            found.append(f"{kind} embeddings are not part of this architecture in {NAMES[runtime]}")
         if runtime == "gguf":
             if rope.type == "dynamic":
                 found.append("llama.cpp has no dynamic rope scaling")
@@ -330,8 +336,36 @@ def experts_everywhere(experts: Experts, config: Config, runtime: str) -> list[s
     """An objection where a runtime has no dense layers between those with experts."""
     if not experts.dense_layers(config):
         return []
-    name = {"gguf": "llama.cpp", "mlx": "mlx-lm"}[runtime]
+    name = NAMES[runtime]
     return [f"{name} has experts in every layer of a {config['model_type']}, this model has not"]
+
+
+def layer_types(config: Config, period: int) -> list[str]:
+    """Those that a silent config means: all slide but every ``period``-th."""
+    given = config.get("sliding_window_pattern")
+    period = given if type(given) is int and given > 0 else period
+    layers = range(1, config["num_hidden_layers"] + 1)
+    return [_SLIDING if period and i % period else _FULL for i in layers]
+
+
+def windows_by_type(config: Config) -> tuple[int, ...]:
+    """``sliding_window`` in the layers that ``layer_types`` says."""
+    window = int(config.get("sliding_window") or 0)
+    return tuple(window if kind == _SLIDING else 0 for kind in config["layer_types"])
+
+
+def period_of(config: Config) -> int | None:
+    """The period with which layers attend to everything, or ``None`` if they have none."""
+    full = [kind != _SLIDING for kind in config["layer_types"]]
+    periods = range(1, len(full) + 1)
+    return next((p for p in periods if full == [(i + 1) % p == 0 for i in range(len(full))]), None)
+
+
+def periodic(config: Config, runtime: str) -> list[str]:
+    """An objection where mlx-lm knows the layers with windows by their period alone."""
+    if runtime != "mlx" or period_of(config) is not None:
+        return []
+    return ["mlx-lm has full attention in every so many layers, this model otherwise (layer_types)"]
 
 
 def every_layer(config: Config, default: int | None) -> tuple[int, ...]:
@@ -357,6 +391,7 @@ def _context(config: Config, window: int | None = None) -> int:
     return context if window is None else min(context, window)
 
 
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 _YARN = {
     "beta_fast": "rope.scaling.yarn_beta_fast",
     "beta_slow": "rope.scaling.yarn_beta_slow",

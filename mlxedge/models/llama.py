@@ -1,6 +1,7 @@
 """llama: Llama 1–3.x, SmolLM and SmolLM2, TinyLlama, Yi and others of this graph."""
 
-from mlxedge.models.dense import Dense, names
+from mlxedge.models.dense import Dense
+from mlxedge.models.names import names
 
 SPEC = Dense(
     model_type="llama",

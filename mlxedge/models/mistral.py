@@ -1,7 +1,8 @@
 """mistral: llama's graph. llama.cpp and mlx-lm attend to everything, where a model with a
 ``sliding_window`` attends to the last tokens only; they agree up to that many tokens."""
 
-from mlxedge.models.dense import Dense, every_layer, names
+from mlxedge.models.dense import Dense, every_layer
+from mlxedge.models.names import names
 
 SPEC = Dense(
     model_type="mistral",

@@ -1,6 +1,7 @@
 """qwen2: Qwen 1.5, 2 and 2.5; biases on q, k and v."""
 
-from mlxedge.models.dense import Dense, names, qwen_windows
+from mlxedge.models.dense import Dense, qwen_windows
+from mlxedge.models.names import names
 
 SPEC = Dense(
     model_type="qwen2",

@@ -1,7 +1,11 @@
 """qwen3: dense Qwen 3; RMSNorm on each head of q and k, no biases."""
 
-from mlxedge.models.dense import Dense, names, qwen_windows
+from mlxedge.models.dense import Dense, qwen_windows
+from mlxedge.models.names import names
 from mlxedge.models.spec import Config
+from mlxedge.models.wiring import Wiring
+
+WIRING = Wiring(head_norm="head")
 
 
 def _check(config: Config, runtime: str) -> list[str]:
@@ -14,7 +18,8 @@ SPEC = Dense(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     arch="qwen3",
-    names=names(qk_norm=True),
+    names=names(WIRING),
+    wiring=WIRING,
     fixed={"attention_bias": False, "use_sliding_window": False},
     check=_check,
     windows=qwen_windows,

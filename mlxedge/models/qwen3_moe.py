@@ -1,10 +1,13 @@
 """qwen3_moe: Qwen 3 with experts; RMSNorm on each head of q and k, no biases."""
 
-from mlxedge.models.dense import Dense, every_layer, experts_everywhere, names, no_windows
+from mlxedge.models.dense import Dense, every_layer, experts_everywhere, no_windows
 from mlxedge.models.experts import Experts
+from mlxedge.models.names import names
 from mlxedge.models.spec import Config
+from mlxedge.models.wiring import Wiring
 
 EXPERTS = Experts()
+WIRING = Wiring(head_norm="head")
 
 
 def _check(config: Config, runtime: str) -> list[str]:
@@ -26,7 +29,8 @@ SPEC = Dense(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     arch="qwen3moe",
-    names=names(qk_norm=True, experts=EXPERTS),
+    names=names(WIRING, experts=EXPERTS),
+    wiring=WIRING,
     fixed={"attention_bias": False, "use_sliding_window": False, "norm_topk_prob": True},
     experts=EXPERTS,
     windows=_windows,

@@ -47,17 +47,22 @@ class Rope:
         return int(head_dim * self.fraction)
 
 
-def rope_settings(config: Mapping[str, Any]) -> Rope:
-    """Read the rotary settings from a config in either style.
+def rope_settings(config: Mapping[str, Any], layers: str | None = None) -> Rope:
+    """Read the rotary settings from a config in either style, those of ``layers`` ("full_attention"
+    and the like) where they differ by the type of layer.
 
     Raises UnsupportedModelError for a type outside ``ROPE_TYPES``, for settings that differ by
-    layer, and for a type whose settings are missing.
+    layer where ``layers`` is not told, and for a type whose settings are missing.
     """
     new = config.get("rope_parameters") or {}
     old = config.get("rope_scaling") or {}
     values: Mapping[str, Any] = new or old
     if any(isinstance(v, Mapping) for v in values.values()):
-        raise UnsupportedModelError("rope_parameters that differ by layer are not supported yet")
+        if layers is None or not isinstance(values.get(layers), Mapping):
+            raise UnsupportedModelError(
+                "rope_parameters that differ by layer are not part of this architecture"
+            )
+        values = values[layers]
     kind = values.get("rope_type") or values.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise UnsupportedModelError(

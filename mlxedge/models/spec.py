@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.gguf_values import GgufValue, Metadata
 from mlxedge.models.experts import ROUTER, SHARED_GATE, Experts
+from mlxedge.models.rope import Rope
+from mlxedge.models.wiring import PRE_NORM, Factors, Wiring
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +33,7 @@ class Name:
     of ``ModelSpec.sizes``; ``present(config)`` tells whether a model of that config has the tensor,
     ``layers(config)`` in which layers, if not in all. ``stored`` is the name in a Hugging Face
     folder where that differs, with ``{e}`` for the expert if each is a tensor of its own; ``mlx``
-    that in an MLX folder.
+    that in an MLX folder. ``offset`` is what GGUF adds to the values.
     """
 
     hf: str
@@ -42,6 +44,7 @@ class Name:
     layers: Callable[[Config], Collection[int]] | None = None
     stored: str | None = None
     mlx: str | None = None
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,14 @@ class ModelSpec:
     - ``mlx_config(config)``: the config.json that mlx-lm reads right.
     - ``objections(config, format)``: why the runtime of ``format`` ("gguf", "mlx") cannot compute
       this model, or nothing.
-    - ``window(config)``: up to how many tokens of context full attention, which is what llama.cpp
-      and mlx-lm have for this architecture, equals the model's own; ``None`` if always.
+    - ``window(config, format)``: up to how many tokens of context full attention, where that is all
+      that the runtime of ``format`` has for this architecture, equals the model's own; ``None`` if
+      always.
     - ``windows(config)``: the sliding window of each layer, 0 for none.
+    - ``ropes(config)``: the rotary embedding of each layer, ``None`` for none.
+    - ``factors(config)``: what scales and caps activations.
+    - ``adopt(config)``: a config as it is found, under the keys that are read here, with the
+      defaults that transformers has for this architecture.
     - ``settle(config)``: the config with the architecture's own keys spelled out, or
       UnsupportedModelError.
     - ``reads(metadata)``: whether a GGUF file of ``gguf_arch`` with this metadata is of this type,
@@ -75,8 +83,14 @@ class ModelSpec:
     config_from_gguf: Callable[[Mapping[str, GgufValue], Mapping[str, np.ndarray]], Config]
     mlx_config: Callable[[Config], Config]
     objections: Callable[[Config, str], list[str]]
-    window: Callable[[Config], int | None]
+    window: Callable[[Config, str], int | None]
     windows: Callable[[Config], tuple[int, ...]]
+    ropes: Callable[[Config], tuple[Rope | None, ...]]
+    factors: Callable[[Config], Factors] = lambda config: Factors()
+    wiring: Wiring = PRE_NORM
+    #: The config key of the norms' epsilon.
+    epsilon: str = "rms_norm_eps"
+    adopt: Callable[[Config], Config] = lambda config: config
     settle: Callable[[Config], Config] = lambda config: config
     reads: Callable[[Mapping[str, GgufValue]], bool] = lambda metadata: True
     experts: Experts | None = None
@@ -111,6 +125,11 @@ class ModelSpec:
             if match := pattern.fullmatch(gguf_name):
                 return name.hf.format(**match.groupdict()), name.rows
         return None
+
+    def offset(self, hf_name: str) -> float:
+        """What GGUF adds to the values of a Hugging Face tensor."""
+        found = (name.offset for pattern, name in self._by_hf if pattern.fullmatch(hf_name))
+        return next(found, 0.0)
 
     def to_mlx(self, hf_name: str) -> str:
         """The name in an MLX folder."""
@@ -174,8 +193,10 @@ class ModelSpec:
             "hidden": config["hidden_size"],
             "intermediate": config["intermediate_size"],
             "head": head,
+            "gate_up": 2 * config["intermediate_size"],
             "q": head * config["num_attention_heads"],
             "kv": head * config["num_key_value_heads"],
+            "qkv": head * (config["num_attention_heads"] + 2 * config["num_key_value_heads"]),
         }
         return found | (self.experts.sizes(config) if self.experts else {})
 

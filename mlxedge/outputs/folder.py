@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from mlxedge.models.wiring import NAMES
+
 if TYPE_CHECKING:
     from mlxedge.models.spec import ModelSpec
     from mlxedge.sources.checkpoint import Checkpoint
@@ -32,11 +34,12 @@ def clean_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def window_notes(spec: ModelSpec, config: dict[str, Any], runtime: str) -> list[str]:
-    """What to say of a sliding window that ``runtime`` does not have."""
-    if (window := spec.window(config)) is None:
+    """What to say of a sliding window that the ``runtime`` ("gguf", "mlx") does not have."""
+    if (window := spec.window(config, runtime)) is None:
         return []
+    name = NAMES[runtime]
     return [
-        f"exact for contexts up to {window} tokens, which is what the file declares: {runtime} has "
+        f"exact for contexts up to {window} tokens, which is what the file declares: {name} has "
         "no sliding window for this architecture"
     ]
 

@@ -96,14 +96,15 @@ def plan_gguf(
         offset += -(-len(raw) // ALIGNMENT) * ALIGNMENT
     for hf_name, source in checkpoint.tensors.items():
         gguf_name, rows = names[hf_name]
-        choice = choices[gguf_name]
+        choice, offset_by = choices[gguf_name], spec.offset(hf_name)
         tensor = PlannedTensor(
             source=hf_name,
             name=gguf_name,
             shape=source.shape,
             encoding=choice.encoding,
-            how=how_to_make(source, choice.encoding, False),
+            how="encode" if offset_by else how_to_make(source, choice.encoding, False),
             rows=rows,
+            offset=offset_by,
             reason=choice.reason,
         )
         places, end = place_parts(tensor.encoding.parts(tensor.shape).values(), offset, 0, 1)
@@ -134,7 +135,7 @@ def plan_gguf(
         tuple((len(header) + at, chunk) for at, chunk in constants),
     )
     plan = OutputPlan(target, path, target.recipe.upper(), shifted, [data], {})
-    plan.notes += [*notes, *_larger(plan, choices), *window_notes(spec, config, "llama.cpp")]
+    plan.notes += [*notes, *_larger(plan, choices), *window_notes(spec, config, "gguf")]
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: llama.cpp can load but not tokenize")
     return plan

@@ -67,7 +67,7 @@ def plan_mlx(
     }
     label = quantized.name if quantized else dtype
     plan = OutputPlan(target, path, label, layout.tensors, layout.files, files)
-    plan.notes += [*notes, *window_notes(spec, config, "mlx-lm")]
+    plan.notes += [*notes, *window_notes(spec, config, "mlx")]
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: mlx-lm can load but not tokenize")
     return plan

@@ -22,7 +22,7 @@ from mlxedge.gguf_values import GgufValue
 from mlxedge.models import ModelSpec, rope_row_order, spec_for_gguf
 from mlxedge.models.layout import heads_of
 from mlxedge.models.spec import RowOrder
-from mlxedge.ops import Parts
+from mlxedge.ops import Parts, load_reference
 from mlxedge.sources.checkpoint import Checkpoint, Origin, SourceTensor, Tensors
 from mlxedge.sources.files import Opener, RandomAccessFile, check_rows, numpy_dtype, shown
 from mlxedge.sources.gguf import GgufFile, GgufTensor, read_gguf
@@ -180,7 +180,9 @@ def _tensors(
             )
         if spec.rank(name) == 2 and len(tensor.shape) == 1:
             tensor = replace(tensor, shape=(1, *tensor.shape))  # ggml counts no leading one
-        tensors[name] = _source_tensor(file, tensor, name, order, config)
+        source = _source_tensor(file, tensor, name, order, config)
+        offset = spec.offset(name)
+        tensors[name] = _without(source, offset) if offset else source
     if unknown:
         raise UnsupportedModelError(
             f"{file.path}: architecture {spec.gguf_arch} has no tensor "
@@ -228,6 +230,16 @@ def _source_tensor(
     return SourceTensor(
         name, tensor.shape, tensor.encoding, bias if len(tensor.shape) == 1 else reordered
     )
+
+
+def _without(source: SourceTensor, offset: float) -> SourceTensor:
+    """A plain tensor less what GGUF adds to its values, as f32."""
+
+    def read_rows(start: int, stop: int) -> Parts:
+        weight = load_reference().decode(source.read_rows(start, stop), source.encoding)
+        return {"weight": weight.reshape(stop - start, -1) - np.float32(offset)}
+
+    return replace(source, encoding=PLAIN["f32"], read_rows=read_rows)
 
 
 def _floats(file: RandomAccessFile, tensor: GgufTensor) -> np.ndarray:

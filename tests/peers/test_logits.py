@@ -62,6 +62,7 @@ SAVED: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4,
         "tie_word_embeddings": True,
     },
+    "gemma": {"model_type": "gemma", "head_dim": 48},
 }
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 96)]
 
@@ -86,7 +87,10 @@ def transformers_logits(folder: Path) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # Other implementations of attention leave the caps of its scores out.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].float().numpy()
     return logits
@@ -126,7 +130,9 @@ def test_logits_agree(case: tuple[Path, np.ndarray], program: Callable[[Path], n
     home, truth = case
     found = program(home)
     assert found.shape == truth.shape
-    assert np.abs(found - truth).max() <= 1e-4 * np.abs(truth).max()
+    # llama.cpp looks GELU up in a table of f16.
+    coarse = program is llama_cpp_logits and "gelu" in (home / "source/config.json").read_text()
+    assert np.abs(found - truth).max() <= (1e-3 if coarse else 1e-4) * np.abs(truth).max()
 
 
 #: What transformers computes and one of the runtimes does not: type, settings, and of the runtime

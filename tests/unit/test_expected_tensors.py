@@ -290,7 +290,7 @@ def test_windows_of_qwen(model_type: str, settings: dict[str, Any], window: int 
         },
         [],
     )  # fmt: skip
-    assert spec_for(config).window(config) == window
+    assert spec_for(config).window(config, "gguf") == window
 
 
 @pytest.mark.parametrize("target", ["gguf:f32", "mlx:f32"])

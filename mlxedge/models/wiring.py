@@ -1,0 +1,97 @@
+"""How an architecture wires its blocks: what its forward pass does beside sizes.
+
+``Wiring`` is what every model of an architecture has in common, ``Factors`` are numbers that a
+config sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlxedge.errors import UnsupportedModelError
+
+#: Activation functions by the names in configs. transformers' "gelu_new" and "gelu_fast" are the
+#: same function as "gelu_pytorch_tanh", computed in other steps.
+ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh", "gelu", "relu2"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu2": "relu2",
+}
+#: The runtimes of each format, as people call them.
+NAMES = {"gguf": "llama.cpp", "mlx": "mlx-lm"}
+_ACTIVATION_KEYS = ("hidden_activation", "hidden_act")
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What one block does with the stream of hidden states x.
+
+    The fields ``*_norm`` name modules of a layer. Attention sees ``attention_norm`` of x, the MLP
+    ``mlp_norm`` of x after attention, and what each gives is added to x after its ``*_out_norm``;
+    ``None`` is no norm. If ``parallel`` the MLP sees x as attention does, and what attention saw
+    where there is no ``mlp_norm``.
+
+    - ``layer_norm``: LayerNorm, not RMSNorm; ``unit_norm``: weights are stored less one.
+    - ``activation``: what the runtimes compute, as configs call it; ``mlp``: the product of a gate
+      and up, those two in one matrix ("fused"), or none ("plain").
+    - ``qkv_fused``: q, k and v are one matrix.
+    - ``head_norm``: a norm of q and k, over each head, over all heads together ("width"), or over
+      each head after the rotation ("last"); always RMSNorm but if ``layer_norm``.
+    - ``neighbours``: rotation turns neighbouring dimensions against each other, not the two halves
+      of a head; ``partial``: only a part of each head may turn.
+    """
+
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    attention_out_norm: str | None = None
+    mlp_out_norm: str | None = None
+    parallel: bool = False
+    layer_norm: bool = False
+    unit_norm: bool = False
+    activation: str = "silu"
+    mlp: Literal["gated", "fused", "plain"] = "gated"
+    qkv_fused: bool = False
+    head_norm: Literal["head", "width", "last"] | None = None
+    neighbours: bool = False
+    partial: bool = False
+
+
+#: llama's.
+PRE_NORM = Wiring()
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What scales and caps activations: of embeddings, of q·k (``None`` for one over the root of
+    the head's size), of what a block adds to x, and of logits; caps are 0 for none."""
+
+    embedding: float = 1.0
+    attention: float | None = None
+    residual: float = 1.0
+    logits: float = 1.0
+    attention_cap: float = 0.0
+    logits_cap: float = 0.0
+
+
+def activation_name(config: Mapping[str, Any], wiring: Wiring) -> str:
+    """As the config calls it, or what the architecture has where it is silent."""
+    found = next((config[key] for key in _ACTIVATION_KEYS if config.get(key)), wiring.activation)
+    return str(found)
+
+
+def activation_of(
+    config: Mapping[str, Any], wiring: Wiring
+) -> Literal["silu", "gelu_tanh", "gelu", "relu2"]:
+    """As the tape calls it; raises UnsupportedModelError if it is none of ``ACTIVATIONS``."""
+    name = activation_name(config, wiring)
+    if name not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"hidden_act {name[:40]!r} is not supported: known are {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
