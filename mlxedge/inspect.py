@@ -153,8 +153,7 @@ def _inspect_hub(
     if isinstance(seen, Snapshot):
         found = inspect(seen.path)
     elif spec.file is not None:
-        (file,) = seen.files
-        found = _inspect_gguf(file, seen.open_file)
+        found = _inspect_gguf(next(iter(seen.files)), seen.open_file)
     else:
         found = _inspect_folder(seen.folder, seen.shards, seen.open_file)
     path = found.path if isinstance(seen, Snapshot) else None
@@ -162,10 +161,10 @@ def _inspect_hub(
 
 
 def _inspect_gguf(path: Path, open_file: Opener = RandomAccessFile) -> Inspection:
-    from mlxedge.sources.gguf import read_gguf
     from mlxedge.sources.gguf_model import model_name, open_gguf
+    from mlxedge.sources.gguf_split import read_model
 
-    gguf = read_gguf(path, open_file)
+    gguf = read_model(path, open_file)
     values = {key: _shortest(v) for key, v in gguf.metadata.items()}
     arch = values.get("general.architecture")
     tokens = gguf.metadata.get("tokenizer.ggml.tokens")
@@ -174,7 +173,7 @@ def _inspect_gguf(path: Path, open_file: Opener = RandomAccessFile) -> Inspectio
         name=model_name(path),
         kind="gguf",
         path=path,
-        files={path.name: _size(path, open_file)},
+        files={part.name: _size(part, open_file) for part in gguf.parts or (path,)},
         tensors=[TensorInfo(t.name, t.shape, t.encoding.name, t.nbytes) for t in gguf.tensors],
         metadata={"gguf.version": gguf.version, **values},
         reopen=lambda: open_gguf(path, open_file=open_file),

@@ -16,6 +16,7 @@ from mlxedge.errors import (
     UnsafeFileError,
 )
 from mlxedge.sources.files import Opener, RandomAccessFile, shown
+from mlxedge.sources.gguf_names import first_parts
 from mlxedge.sources.safetensors import SafetensorsFile
 from mlxedge.tokenizer.spec import TokenizerSpec
 
@@ -161,7 +162,7 @@ def _check_numbering(shards: list[Path]) -> None:
 
 def _nothing_to_read(folder: Path) -> SourceError:
     names = [f.name for f in folder.iterdir() if f.is_file()]
-    if ggufs := sorted(n for n in names if n.endswith(".gguf")):
+    if ggufs := first_parts(sorted(n for n in names if n.endswith(".gguf"))):
         return SourceNotFoundError(
             f"{folder}: a folder of GGUF files; name one of them: {', '.join(ggufs)}"
         )

@@ -55,18 +55,20 @@ _U64 = struct.Struct("<Q")
 @dataclass(frozen=True)
 class GgufTensor:
     """A tensor in the file: ``shape`` row-major (the reverse of ggml's ``ne``), ``offset`` from the
-    start of the file, ``nbytes`` without padding."""
+    start of the file, ``nbytes`` without padding. ``part`` counts the files of a model."""
 
     name: str
     shape: tuple[int, ...]
     encoding: Encoding
     offset: int
     nbytes: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a GGUF file's head says. ``data_offset`` is where tensor data begins."""
+    """What a GGUF file's head says. ``data_offset`` is where tensor data begins. ``parts`` are the
+    files of a model that lies in several, of which this is the first."""
 
     path: Path
     version: int
@@ -74,6 +76,7 @@ class GgufFile:
     tensors: list[GgufTensor]
     alignment: int
     data_offset: int
+    parts: tuple[Path, ...] = ()
 
 
 def read_gguf(path: str | Path, open_file: Opener = RandomAccessFile) -> GgufFile:

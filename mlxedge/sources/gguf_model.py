@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from mlxedge.models.spec import RowOrder
 from mlxedge.ops import Parts, load_reference
 from mlxedge.sources.checkpoint import Checkpoint, Origin, SourceTensor, Tensors
 from mlxedge.sources.files import Opener, RandomAccessFile, check_rows, numpy_dtype, shown
-from mlxedge.sources.gguf import GgufFile, GgufTensor, read_gguf
+from mlxedge.sources.gguf import GgufFile, GgufTensor
+from mlxedge.sources.gguf_names import stem_of
+from mlxedge.sources.gguf_split import read_model
 from mlxedge.tokenizer.spec import TokenizerSpec
 
-_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})$")
 _QUANT = re.compile(
     rf"[-._]({'|'.join((*PLAIN, *GGML))}|(i?q\d_(k_)?(xs|s|m|l|xl|xxs)))$", re.IGNORECASE
 )
@@ -42,14 +44,13 @@ def open_gguf(
     revision: str | None = None,
     open_file: Opener = RandomAccessFile,
 ) -> Checkpoint:
-    """Open a GGUF file.
+    """Open a GGUF file, or a model in several of which ``path`` is any.
 
-    Raises CorruptFileError, UnsupportedModelError (an unknown architecture, a tensor that the
-    architecture does not have, one part of a split file, no model at all) and
+    Raises CorruptFileError, SourceNotFoundError (a part is missing), UnsupportedModelError (an
+    unknown architecture, a tensor that the architecture does not have, no model at all) and
     UnsupportedEncodingError.
     """
-    gguf = read_gguf(path, open_file)
-    _refuse_split(gguf)
+    gguf = read_model(path, open_file)
     arch = _text(gguf, "general.architecture")
     if arch is None and _text(gguf, "general.type") == "imatrix":
         raise UnsupportedModelError(
@@ -58,42 +59,36 @@ def open_gguf(
     if arch is None:
         raise CorruptFileError(path, "the metadata has no general.architecture")
     spec = spec_for_gguf(arch, gguf.metadata)
-    file = open_file(path)
-    try:
-        extra = {t.name: _floats(file, t) for t in gguf.tensors if t.name in spec.gguf_only}
+    paths = gguf.parts or (path,)
+    with contextlib.ExitStack() as stack:
+        files = []
+        for part in paths:
+            files.append(open_file(part))
+            stack.callback(files[-1].close)
+        extra = {
+            t.name: _floats(files[t.part], t) for t in gguf.tensors if t.name in spec.gguf_only
+        }
         config = _config(gguf, spec, extra)
-        tensors = _tensors(file, gguf, spec, config)
+        tensors = _tensors(files, gguf, spec, config)
         tokenizer = _tokenizer(gguf.metadata)
-    except BaseException:
-        file.close()
-        raise
+        opened = stack.pop_all()
     return Checkpoint(
         name=model_name(path),
         config=config,
         tensors=tensors,
         tokenizer=tokenizer,
         generation_config={},
-        origin=Origin("gguf", path, (path,), repo, revision),
+        origin=Origin("gguf", path, paths, repo, revision),
         license=_text(gguf, "general.license"),
         base_model=_base_model(gguf),
-        on_close=file.close,
+        on_close=opened.close,
     )
 
 
 def model_name(path: Path) -> str:
-    """The file's name without its type: SmolLM2-135M.Q4_1.gguf → SmolLM2-135M."""
-    stem = path.name.removesuffix(".gguf")
+    """The file's name without its type and number: SmolLM2-135M.Q4_1.gguf → SmolLM2-135M."""
+    stem = stem_of(path.name) or path.name.removesuffix(".gguf")
     return _QUANT.sub("", stem) or stem
-
-
-def _refuse_split(gguf: GgufFile) -> None:
-    count = gguf.metadata.get("split.count")
-    by_key = count is not None and isinstance(count.value, int) and count.value > 1
-    if by_key or _SPLIT.search(gguf.path.stem):
-        raise UnsupportedModelError(
-            f"{gguf.path}: one part of a split GGUF file; join the parts first "
-            "(llama-gguf-split --merge)"
-        )
 
 
 def _text(gguf: GgufFile, key: str) -> str | None:
@@ -161,11 +156,12 @@ def _tokenizer(metadata: Mapping[str, GgufValue]) -> TokenizerSpec | None:
 
 
 def _tensors(
-    file: RandomAccessFile, gguf: GgufFile, spec: ModelSpec, config: dict[str, Any]
+    files: Sequence[RandomAccessFile], gguf: GgufFile, spec: ModelSpec, config: dict[str, Any]
 ) -> Tensors:
     tensors: dict[str, SourceTensor] = {}
     unknown = []
     for tensor in gguf.tensors:
+        file = files[tensor.part]
         if tensor.name in spec.gguf_only:
             continue
         found = spec.from_gguf(tensor.name)
@@ -185,7 +181,7 @@ def _tensors(
         tensors[name] = _without(source, offset) if offset else source
     if unknown:
         raise UnsupportedModelError(
-            f"{file.path}: architecture {spec.gguf_arch} has no tensor "
+            f"{gguf.path}: architecture {spec.gguf_arch} has no tensor "
             f"{', '.join(map(shown, unknown[:3]))}{' …' if len(unknown) > 3 else ''}; "
             "the file needs a reader that knows them"
         )

@@ -26,6 +26,7 @@ from mlxedge.errors import (
     UnsafeFileError,
 )
 from mlxedge.sources import folder as common
+from mlxedge.sources.gguf_names import first_parts, part_names
 from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ def download(
 
     ``revision`` (a branch, a tag or a commit) is resolved first, and every file is taken at that
     commit. Only what is needed is fetched: config, tokenizer, model card and safetensors, or with
-    ``gguf`` the GGUF file of that name (or the only one whose name contains it). ``offline`` uses
-    the cache alone; so does HF_HUB_OFFLINE. If the Hub does not answer, a cached copy is used and
-    ``warn`` is told (``warnings.warn`` without it).
+    ``gguf`` the GGUF file of that name (or the only one whose name contains it) and, if it is a
+    part of a model, all parts. ``offline`` uses the cache alone; so does HF_HUB_OFFLINE. If the Hub
+    does not answer, a cached copy is used and ``warn`` is told (``warnings.warn`` without it).
 
     Raises SourceNotFoundError, AccessDeniedError, NetworkError, UnsafeFileError (only pickles),
     CorruptFileError (a wrong hash; the file is removed) and DiskFullError.
@@ -155,7 +156,12 @@ def choose(found: Listing, gguf: str | None) -> list[RemoteFile]:
     """The weight files to load, after everything small beside them has been fetched."""
     loader, files = found.loader, found.files
     if gguf is not None:
-        return [files[_choose_gguf(loader.repo, list(files), gguf)]]
+        parts = part_names(_choose_gguf(loader.repo, list(files), gguf))
+        if missing := [name for name in parts if name not in files]:
+            raise SourceNotFoundError(
+                f"{loader.repo}: part {missing[0]} of the model is not in the repository"
+            )
+        return [files[name] for name in parts]
     _check_loadable(loader.repo, list(files))
     loader.fetch_all([f for name, f in files.items() if _is_side_file(name)])
     return [files[name] for name in _weight_files(loader, files)]
@@ -183,7 +189,7 @@ def _check_loadable(repo: str, names: list[str]) -> None:
         if common.CONFIG not in names:
             raise SourceNotFoundError(f"{repo}: the repository has no {common.CONFIG}")
         return
-    if ggufs := [name for name in names if name.endswith(".gguf")]:
+    if ggufs := first_parts(name for name in names if name.endswith(".gguf")):
         raise SourceNotFoundError(
             f"{repo} holds only GGUF files; name one, for example {repo}/{ggufs[0]} "
             f"(there are: {', '.join(ggufs[:20])})"
@@ -213,6 +219,7 @@ def _choose_gguf(repo: str, names: list[str], wanted: str) -> str:
     ggufs = [name for name in names if name.endswith(".gguf")]
     if wanted in ggufs:
         return wanted
+    ggufs = first_parts(ggufs)
     matches = [name for name in ggufs if wanted.lower() in name.lower()]
     if len(matches) == 1:
         return matches[0]
@@ -255,7 +262,8 @@ def _cached(repo: str, revision: str | None, gguf: str | None, why: str) -> Snap
         raise NetworkError(f"{repo}{at} is not in the cache {storage.parent} ({why})")
     if gguf is not None:
         names = [p.relative_to(folder).as_posix() for p in folder.rglob("*.gguf")]
-        return Snapshot(folder / _choose_gguf(f"{repo} (cached copy)", names, gguf), repo, commit)
+        chosen = part_names(_choose_gguf(f"{repo} (cached copy)", names, gguf))
+        return Snapshot(folder / chosen[0], repo, commit)
     try:
         common.find_shards(folder)
         common.read_json(folder / common.CONFIG)

@@ -279,6 +279,20 @@ def test_gguf_files_are_selected_by_name(hub: HubServer, client: Client) -> None
     assert client("fetch", "org/ggufs", gguf="a-")["error"] == "SourceNotFoundError"
 
 
+def test_all_parts_of_a_gguf_model_are_fetched(hub: HubServer, client: Client) -> None:
+    names = [f"a-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    hub.repo("org/parts").commit({n: n.encode() for n in names} | {"a-Q4_0.gguf": b"four"})
+    for wanted in ("q8_0", names[1]):
+        for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+            found = Path(client("fetch", "org/parts", gguf=wanted, env=env)["path"])
+            assert found.name == names[0]
+            assert [(found.parent / n).read_bytes() for n in names] == [n.encode() for n in names]
+    assert not (found.parent / "a-Q4_0.gguf").exists()
+    hub.repo("org/parts").commit({n: n.encode() for n in names[:2]})
+    fault = client("fetch", "org/parts", gguf="q8_0")
+    assert (fault["error"], names[2] in fault["message"]) == ("SourceNotFoundError", True)
+
+
 def test_without_network_the_cache_serves(hub: HubServer, client: Client) -> None:
     commit = hub.repo("org/tiny").commit(model(SMALL), "main", "v1")
     assert "error" not in client("open", "org/tiny")

@@ -145,15 +145,15 @@ def test_foreign_quantization_is_listed(tiny: Path, tmp_path: Path) -> None:
         tmp_path / "model.safetensors",
     )
     config = json.loads((tiny / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "hqq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = as_json(tmp_path)
-    assert found["quantization"] == "gptq"
+    assert found["quantization"] == "hqq"
     assert found["tensors"] == [
         {"name": "model.layers.0.mlp.up_proj.qweight", "shape": [4, 8], "encoding": "i32",
          "bytes": 128},
     ]  # fmt: skip
-    assert "gptq" in found["convertible"]["hf"]["reason"]
+    assert "hqq" in found["convertible"]["hf"]["reason"]
 
 
 def test_weights_without_a_config(tiny: Path, tmp_path: Path) -> None:

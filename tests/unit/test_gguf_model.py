@@ -194,7 +194,7 @@ def _instead(key: str, value: Any, kind: gguf.GGUFValueType) -> Callable[[gguf.G
 
 U16, I32, STRING = (gguf.GGUFValueType[name] for name in ("UINT16", "INT32", "STRING"))
 BAD: dict[str, tuple[Callable[[gguf.GGUFWriter], Any], type[MlxedgeError], str]] = {
-    "split": (_instead("split.count", 3, U16), UnsupportedModelError, "llama-gguf-split --merge"),
+    "split": (_instead("split.count", 3, U16), CorruptFileError, "NAME-00001-of-00003.gguf"),
     "no-arch": (_without("general.architecture"), CorruptFileError, "no general.architecture"),
     "arch-number": (_instead("general.architecture", 3, I32), CorruptFileError, "be a string"),
     "unknown-arch": (
@@ -244,12 +244,6 @@ def test_bad_models_are_refused(tmp_path: Path, case: str) -> None:
         open_source(path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_one_part_of_a_split_file_is_known_by_its_name(tmp_path: Path) -> None:
-    path = write(tmp_path / "m-00002-of-00003.gguf", hf_tensors())
-    with pytest.raises(UnsupportedModelError, match="split"):
-        open_source(path)
 
 
 @pytest.mark.parametrize(
