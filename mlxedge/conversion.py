@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mlxedge.ops import Quality
     from mlxedge.pipeline import ProgressHook
     from mlxedge.report import Report
+    from mlxedge.sources.block_cache import BlockCache
     from mlxedge.sources.checkpoint import Checkpoint
 
 #: Weights handled at once by a thread; bounds memory (4 bytes each, a few copies).
@@ -54,6 +55,7 @@ def convert(
     quality: Quality = "fast",
     calibrate: str | Path | Literal[False] | None = None,
     overrides: Overrides = NONE,
+    stream: bool = False,
     progress: ProgressHook | None = None,
     calibrating: ProgressHook | None = None,
 ) -> Report:
@@ -68,7 +70,9 @@ def convert(
     ``quality`` is one of ``mlxedge.ops.Quality``. For "fast" and "best" the model is run on a
     short text; ``calibrate`` names another (UTF-8), an imatrix file or what ``mlxedge calibrate``
     wrote, and ``False`` leaves it out, which makes the quality "reference". ``overrides``
-    (``mlxedge.recipes.overrides``) are types for single tensors. ``progress`` is told of the
+    (``mlxedge.recipes.overrides``) are types for single tensors. ``stream`` reads the weights of a
+    Hub repository as they are wanted (``mlxedge.open_source``) instead of downloading them first,
+    and calibrates on the way; what is written is the same. ``progress`` is told of the
     weights, ``calibrating`` of the model's run before or between them.
 
     Raises MlxedgeError and its kind; nothing is left at a final path unless it is complete.
@@ -80,7 +84,9 @@ def convert(
     with contextlib.ExitStack() as stack:
         opened = source
         if isinstance(opened, (str, Path)):
-            opened = stack.enter_context(open_source(opened))
+            opened = stack.enter_context(open_source(opened, stream=stream))
+        elif stream:
+            raise UsageError("an open checkpoint cannot be streamed: open it with stream=True")
         plan, checkpoint = plan_conversion(
             opened,
             targets,
@@ -204,7 +210,7 @@ def plan_conversion(
     for output in plan.outputs:
         if not output.finished:
             check_target(output.path, force)
-    _check_disk(plan)
+    _check_disk(plan, checkpoint.cache)
     return plan, checkpoint
 
 
@@ -254,10 +260,17 @@ def source_dtype(checkpoint: Checkpoint) -> str:
 
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What identifies a source: its kind and place, and size and time of each weight file."""
+    """What identifies a source: its kind and place, and size and time of each weight file, or its
+    hash where it is read over the network."""
     origin = checkpoint.origin
-    files = []
+    files: list[dict[str, Any]] = []
     for path in origin.files:
+        if listed := origin.listed.get(path):
+            sha256 = listed.sha256
+            files.append(
+                {"name": path.name, "bytes": listed.size, "sha256": sha256, "checked": False}
+            )
+            continue
         stat = path.stat()
         files.append({"name": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns})
     described: dict[str, Any] = {"kind": origin.kind, "path": str(origin.path), "files": files}
@@ -297,8 +310,8 @@ def _on_disk(file: Path) -> int:
     return min(stat.st_size, getattr(stat, "st_blocks", stat.st_size) * 512)
 
 
-def _check_disk(plan: Plan) -> None:
-    """Refuse before the work what would fail after it."""
+def _check_disk(plan: Plan, cache: BlockCache | None) -> None:
+    """Refuse before the work what would fail after it. A cache gets what the outputs leave."""
     needed: dict[int, tuple[Path, int]] = {}
     for output in plan.outputs:
         if output.finished:
@@ -310,6 +323,12 @@ def _check_disk(plan: Plan) -> None:
         device = parent.stat().st_dev
         _, so_far = needed.get(device, (parent, 0))
         needed[device] = (parent, so_far + max(0, output.nbytes - have))
+    if cache is not None:
+        device = cache.folder.stat().st_dev
+        parent, so_far = needed.get(device, (cache.folder, 0))
+        cache.fit((shutil.disk_usage(cache.folder).free - so_far) * 3 // 4)
+        needed[device] = (parent, so_far + cache.limit)
+        plan.cache_bytes = cache.limit
     for parent, size in needed.values():
         total, _, free = shutil.disk_usage(parent)
         # One of no size at all does not tell, as /proc: writing will.

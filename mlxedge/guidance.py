@@ -107,22 +107,35 @@ class CalibratedGuide(Guide):
         return Hint(self._calibration.importance(name))
 
 
-class FeedbackGuide(Guide):
-    """Importance and Hessians, layer by layer as ``collected`` yields them.
+class GuideOnTheWay(Guide):
+    """Importance, and Hessians where there are some, layer by layer as ``collected`` yields them.
 
     ``groups`` names the tensors that share an input, in the order in which they come. What was made
     of a group is dropped when the next is asked for, so that memory holds two or three of them.
     """
 
-    def __init__(self, groups: Iterable[tuple[str, ...]], collected: Generator[Collected]) -> None:
-        super().__init__("best")
-        self._rank = {name: i for i, names in enumerate(groups) for name in names}
+    def __init__(
+        self, asked: Quality, groups: Iterable[tuple[str, ...]], collected: Generator[Collected]
+    ) -> None:
+        super().__init__(asked)
+        self._rank: dict[str, int] = {}
+        self._last_of_layer: dict[str, int] = {}
+        for i, names in enumerate(groups):
+            self._rank |= dict.fromkeys(names, i)
+            self._last_of_layer[_layer_of(names[0])] = i
         self._collected = collected
         self._current: Mapping[str, Hint] = {}
 
     def order(self, names: Iterable[str]) -> list[str]:
-        """Tensors without an input first, then group by group."""
-        return sorted(names, key=lambda name: self._rank.get(name, -1))
+        """What stands outside the layers first, then layer by layer, in each of them group by group
+        before its vectors: a layer is read once, if it may be kept that long."""
+
+        def place(name: str) -> float:
+            if name in self._rank:
+                return self._rank[name]
+            return self._last_of_layer.get(_layer_of(name) or "none", -1.5) + 0.5
+
+        return sorted(names, key=place)
 
     def hint(self, name: str) -> Hint:
         if name not in self._rank:
@@ -222,27 +235,30 @@ class Guidance:
     ) -> Guide:
         """Run the model if that is planned, and say what is known of each tensor.
 
-        For quality "best" the model is run on the way, as tensors are asked for; Hessians are
-        computed for the tensors ``feedback_for`` alone. Raises what ``mlxedge.calibration`` does.
+        For quality "best", and where weights come over the network, the model is run on the way, as
+        tensors are asked for; Hessians are computed for the tensors ``feedback_for`` alone. Raises
+        what ``mlxedge.calibration`` does.
         """
         from mlxedge.calibration.collect import calibrate, collect, input_groups
         from mlxedge.calibration.store import read_hessians
 
         if self.hessians is not None:
-            return FeedbackGuide(input_groups(checkpoint), read_hessians(self.hessians, checkpoint))
+            stored = read_hessians(self.hessians, checkpoint)
+            return GuideOnTheWay(self.quality, input_groups(checkpoint), stored)
         if self.calibration is not None:
             return CalibratedGuide(self.quality, self.calibration)
         if self.sample is None:
             return Guide(self.quality)
-        if self.quality == "best":
+        best = self.quality == "best"
+        if best or checkpoint.cache is not None:
             found = collect(
                 checkpoint,
                 self.sample,
-                hessians=lambda names: not feedback_for.isdisjoint(names),
+                hessians=lambda names: best and not feedback_for.isdisjoint(names),
                 threads=threads,
                 progress=progress,
             )
-            return FeedbackGuide(input_groups(checkpoint), found)
+            return GuideOnTheWay(self.quality, input_groups(checkpoint), found)
         calibration = calibrate(checkpoint, self.sample, threads=threads, progress=progress)
         return CalibratedGuide(self.quality, calibration)
 
@@ -300,7 +316,7 @@ def _by_sample(checkpoint: Checkpoint, quality: Quality, taken: Sample) -> Guida
     groups = input_groups(checkpoint)
     layers: dict[str, int] = {}
     for names in groups:
-        layer = _layer_of(names)
+        layer = _layer_of(names[0])
         tensors = [checkpoint.tensors[name] for name in names]
         layers[layer] = layers.get(layer, 0) + sum(t.nbytes for t in tensors)
     states = 8 * taken.tokens * int(checkpoint.config["hidden_size"])
@@ -330,15 +346,16 @@ def _square_bytes(checkpoint: Checkpoint) -> int:
     for names in input_groups(checkpoint):
         first = checkpoint.tensors[names[0]]
         experts = first.shape[0] if len(first.shape) > 2 else 1
-        layer = _layer_of(names)
+        layer = _layer_of(names[0])
         layers[layer] = layers.get(layer, 0) + 4 * experts * first.cols**2
         widest = max(widest, 20 * min(experts, _EXPERTS_READY) * first.cols**2)
     return max(layers.values()) + widest
 
 
-def _layer_of(names: tuple[str, ...]) -> str:
-    """The number of the layer that matrices are in, empty for the head."""
-    return names[0].rpartition(".layers.")[2].partition(".")[0]
+def _layer_of(name: str) -> str:
+    """The number of the layer that a tensor is in, empty for one outside the layers."""
+    before, _, after = name.rpartition(".layers.")
+    return after.partition(".")[0] if before else ""
 
 
 def _is_imatrix(path: Path) -> bool:

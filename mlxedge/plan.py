@@ -135,10 +135,12 @@ class Plan:
     guidance: Guidance
     chunk_weights: int
     parallel: bool = True
+    #: What parts of files that are read over the network take of the disk, at most.
+    cache_bytes: int = 0
 
     @property
     def disk_bytes(self) -> int:
-        return sum(o.nbytes for o in self.outputs)
+        return sum(o.nbytes for o in self.outputs) + self.cache_bytes
 
     def memory_bytes(self, threads: int) -> int:
         """About the most that the process holds at once: the interpreter with its libraries, the

@@ -1,7 +1,8 @@
 """The record beside an output: where it came from, how it was made, how far it is from the source.
 
 A JSON file ``OUTPUT.mlxedge.json``. Schema 1: ``mlxedge`` (version), ``created`` (UTC), ``source``
-(kind, repository, revision, files with bytes and SHA-256), ``output`` (target, files with bytes and
+(kind, repository, revision, files with bytes and SHA-256; ``checked`` is false where that is what
+the Hub lists and the file was read in parts), ``output`` (target, files with bytes and
 SHA-256, bits per weight, relative error, that of outputs), ``quality``, ``calibration``,
 ``backend``, ``threads``, ``seconds``, ``calibration_seconds`` (of those), ``versions``, ``tensors``
 (name, encoding, quality, relative errors, how it was made, reason).
@@ -41,8 +42,8 @@ class SourceHashes:
     """
 
     def __init__(self, origin: Origin) -> None:
-        self._files = origin.files
-        self._found: dict[Path, str] = {}
+        self._files = [path for path in origin.files if path not in origin.listed]
+        self._found = {path: f.sha256 for path, f in origin.listed.items() if f.sha256}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mlxedge-sha256", daemon=True)
 

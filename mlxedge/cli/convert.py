@@ -51,6 +51,9 @@ _EPILOG = "Targets: " + " ".join(known_targets()) + "; MLX groups of 32 or 128: 
 @click.option("--embedding-type", metavar="TYPE", help="The type of the token embedding.")
 @click.option("--pure", is_flag=True, help="The recipe's main type for all matrices, no mix.")
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+@click.option("--stream", is_flag=True,
+              help="Read a Hub repository's weights as they are wanted, and keep none: takes disk "
+              "for the outputs, and for a few layers on their way.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]),
               help="Of scales and unquantized MLX tensors.  [default: the source's]")  # fmt: skip
 @click.option("--pre", help="Name of the GGUF pre-tokenizer, where it is not recognised.")
@@ -73,6 +76,7 @@ def command(
     embedding_type: str | None,
     pure: bool,
     revision: str | None,
+    stream: bool,
     dtype: str | None,
     pre: str | None,
     backend: str | None,
@@ -102,7 +106,7 @@ def command(
     with contextlib.ExitStack() as stack:
         downloads = stack.enter_context(ui.file_progress())
         opened = stack.enter_context(
-            open_source(source, revision=revision, progress=downloads, warn=ui.warn)
+            open_source(source, revision=revision, progress=downloads, warn=ui.warn, stream=stream)
         )
         plan, checkpoint = plan_conversion(
             opened,
@@ -201,7 +205,7 @@ def report_json(report: Report) -> dict[str, Any]:
 def _show_plan(plan: Plan, threads: int) -> None:
     from mlxedge.cli import ui
 
-    click.echo(f"{plan.name} ({plan.source['kind']}, {plan.source['path']})")
+    click.echo(f"{plan.name} ({plan.source['kind']}, {_place(plan)})")
     ui.table(
         ["output", "size", "bits/weight", "tensors"],
         [
@@ -216,10 +220,18 @@ def _show_plan(plan: Plan, threads: int) -> None:
         for note in output.notes:
             ui.warn(f"{output.target.spec}: {note}")
     click.echo(plan.guidance.sentence())
+    on_the_way = f", {ui.size(plan.cache_bytes)} of it on the way," if plan.cache_bytes else ""
     click.echo(
-        f"needs {ui.size(plan.disk_bytes)} of disk and about "
+        f"needs {ui.size(plan.disk_bytes)} of disk{on_the_way} and about "
         f"{ui.size(plan.memory_bytes(threads))} of memory"
     )
+
+
+def _place(plan: Plan) -> str:
+    source = plan.source
+    if plan.cache_bytes:
+        return f"{source['repo']} at {source['revision'][:12]}, streamed"
+    return str(source["path"])
 
 
 def _mix(output: OutputPlan) -> str:

@@ -33,7 +33,7 @@ _REPLACED = "replaced"
 _LONGEST_NAME = 230
 _MODEL_SUFFIXES = {".safetensors", ".json", ".md", ".model", ".txt", ".jinja", ".tiktoken"}
 _MODEL_NAMES = {"LICENSE", "NOTICE", ".gitattributes"}
-_SYNC_BYTES = 256 << 20
+SYNC_BYTES = 256 << 20
 
 
 def partial_dir(path: Path) -> Path:
@@ -186,7 +186,7 @@ class Staging:
             self._pending.append(line)
             self.done[line["tensor"]] = line
             self._unsynced += nbytes
-            if self._unsynced >= _SYNC_BYTES:
+            if self._unsynced >= SYNC_BYTES:
                 self._sync()
 
     def _sync(self) -> None:

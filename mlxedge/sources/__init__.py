@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from mlxedge.errors import SourceNotFoundError, UnsafeFileError, UsageError
 
 if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint
-    from mlxedge.sources.hub import Warn
+    from mlxedge.sources.hub import HubSpec, Warn
     from mlxedge.sources.hub_download import Progress
 
 __all__ = ["fetch", "open_source"]
@@ -22,6 +23,7 @@ def open_source(
     offline: bool | None = None,
     progress: Progress | None = None,
     warn: Warn | None = None,
+    stream: bool = False,
 ) -> Checkpoint:
     """Open a model, wherever it is. Close the result, or use it in a ``with``.
 
@@ -29,11 +31,17 @@ def open_source(
     ``org/name@revision``, ``org/name/file.gguf``. What exists on disk goes first. ``revision``,
     ``offline``, ``progress(file, done, total)`` (bytes) and ``warn(message)`` are for the Hub; see
     :func:`mlxedge.sources.hub.download`, which also lists what is raised. No weights are read.
+
+    ``stream`` leaves the weights of a Hub repository where they are: parts of them are fetched when
+    tensors are read (``mlxedge.sources.hub_stream``). Where that cannot be they are downloaded, and
+    ``warn`` is told why; what is in the Hub's cache is read from there.
     """
     path = Path(spec).expanduser()
     if spec and path.exists():
         if revision is not None:
             raise UsageError(f"{spec} is on this disk: a revision is for a Hub repository")
+        if stream:
+            raise UsageError(f"{spec} is on this disk: streaming is for a Hub repository")
         return _open_path(path)
     from mlxedge.sources.hub import download, parse_spec
 
@@ -43,15 +51,39 @@ def open_source(
             f"{spec}: no such file or folder, and not a Hub id (org/name, org/name@revision or "
             "org/name/file.gguf)"
         )
+    revision = one_revision(hub.revision, revision)
+    if stream and not offline:
+        opened = _streamed(hub, revision, progress, warn)
+        if opened is not None:
+            return opened
     snapshot = download(
         hub.repo,
-        revision=one_revision(hub.revision, revision),
+        revision=revision,
         gguf=hub.file,
         offline=offline,
         progress=progress,
         warn=warn,
     )
     return _open_path(snapshot.path, snapshot.repo, snapshot.commit)
+
+
+def _streamed(
+    hub: HubSpec, revision: str | None, progress: Progress | None, warn: Warn | None
+) -> Checkpoint | None:
+    """The checkpoint, or ``None`` where it has to be downloaded."""
+    from mlxedge.sources.hub import Snapshot
+    from mlxedge.sources.hub_stream import NoRangesError, open_stream
+
+    try:
+        found = open_stream(
+            hub.repo, revision=revision, gguf=hub.file, progress=progress, warn=warn
+        )
+    except NoRangesError as error:
+        (warn or warnings.warn)(f"{error}, so it cannot be streamed: it is downloaded first")
+        return None
+    if isinstance(found, Snapshot):
+        return _open_path(found.path, found.repo, found.commit)
+    return found
 
 
 def fetch(

@@ -19,6 +19,7 @@ from mlxedge.encodings import Encoding
 
 if TYPE_CHECKING:
     from mlxedge.ops import Parts
+    from mlxedge.sources.block_cache import BlockCache
     from mlxedge.tokenizer.spec import TokenizerSpec
 
 
@@ -79,6 +80,15 @@ def stacked(name: str, tensors: Sequence[SourceTensor]) -> SourceTensor:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A file that is read over the network: its size in bytes, and the SHA-256 that is listed for
+    it, which nobody has checked."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a checkpoint came from.
 
@@ -92,6 +102,8 @@ class Origin:
     files: tuple[Path, ...]
     repo: str | None = None
     revision: str | None = None
+    #: Those of ``files`` that are not on this disk.
+    listed: Mapping[Path, Listed] = field(default_factory=dict, compare=False)
 
 
 class Tensors(Mapping[str, SourceTensor]):
@@ -130,6 +142,8 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     base_model: str | None = None
     #: How a Hugging Face checkpoint is quantized, in a few words: "gptq, 4 bits".
     quantized: str | None = None
+    #: What holds parts of files that are read over the network.
+    cache: BlockCache | None = field(default=None, repr=False)
     on_close: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def close(self) -> None:

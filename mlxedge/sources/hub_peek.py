@@ -17,14 +17,13 @@ from mlxedge.errors import CorruptFileError, NetworkError
 from mlxedge.sources import folder as common
 from mlxedge.sources.files import RandomAccessFile
 from mlxedge.sources.hub import Snapshot, choose, look_up, translated
-from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
     from mlxedge.sources.hub import Warn
     from mlxedge.sources.hub_download import Progress, RemoteFile
 
 #: Enough for the header of nearly every safetensors file.
-_HEAD = 1 << 18
+HEAD_BYTES = 1 << 18
 _WORKERS = 8
 
 
@@ -44,7 +43,7 @@ class HubFile(RandomAccessFile):
         """Have the beginning at hand."""
         with self._lock:
             if not self._head:
-                self._head = self._request(0, min(_HEAD, self.size))
+                self._head = self._request(0, min(HEAD_BYTES, self.size))
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         end = offset + len(buffer)
@@ -65,27 +64,13 @@ class HubFile(RandomAccessFile):
         """Bytes ``start:end``, and no more than the server insists on sending before them."""
         if start == end:
             return b""
-        from huggingface_hub import constants, get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+        from mlxedge.sources.hub_ranges import HubPath
 
-        headers = {
-            **build_hf_headers(library_name="mlxedge", library_version=VERSION),
-            "Range": f"bytes={start}-{end - 1}",
-            "Accept-Encoding": "identity",
-        }
-        url = hf_hub_url(self._repo, self._name, revision=self._commit)
         data = bytearray()
         with (
             translated(self._repo, self._commit),
-            get_session().stream(
-                "GET",
-                url,
-                headers=headers,
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                follow_redirects=True,
-            ) as response,
+            HubPath(self._repo, self._commit, self._name).request(start, end) as response,
         ):
-            hf_raise_for_status(response)
             # A server that ignores ranges sends the file from its first byte.
             skip = 0 if response.status_code == 206 else start
             for piece in response.iter_bytes():
@@ -131,7 +116,7 @@ def peek(
     with translated(repo, revision):
         chosen = choose(found, gguf)
     folder, commit = found.loader.snapshot, found.loader.commit
-    if all(_is_there(folder / file.name, file) for file in chosen):
+    if all(is_there(folder / file.name, file) for file in chosen):
         return Snapshot(folder / chosen[0].name if gguf else folder, repo, commit)
     files = {
         folder / file.name: HubFile(repo, commit, file.name, _size(repo, file)) for file in chosen
@@ -139,11 +124,12 @@ def peek(
     with ThreadPoolExecutor(_WORKERS) as pool:
         for _ in pool.map(HubFile.prefetch, files.values()):
             pass
-    shards = common.Shards(tuple(files), {}) if gguf else _shards(folder, tuple(files))
+    shards = common.Shards(tuple(files), {}) if gguf else shards_of(folder, tuple(files))
     return Peek(repo, commit, folder, shards, files)
 
 
-def _is_there(path: Path, file: RemoteFile) -> bool:
+def is_there(path: Path, file: RemoteFile) -> bool:
+    """Whether a file of the snapshot is in the cache already."""
     return path.is_file() and file.size in (None, path.stat().st_size)
 
 
@@ -153,7 +139,8 @@ def _size(repo: str, file: RemoteFile) -> int:
     return file.size
 
 
-def _shards(folder: Path, files: tuple[Path, ...]) -> common.Shards:
+def shards_of(folder: Path, files: tuple[Path, ...]) -> common.Shards:
+    """What is in which of the weight files ``files``, that need not be in ``folder``."""
     index = folder / common.INDEX
     if folder / common.WEIGHTS not in files and index.is_file():
         owner = {name: folder / file for name, file in common.read_index(index).items()}

@@ -13,6 +13,7 @@ import re
 import socket
 import struct
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -64,13 +65,17 @@ class Request:
 class Faults:
     """What goes wrong: ``cut`` and ``hold`` stop a file's body after so many bytes, once
     (``reset`` makes the cut abrupt); ``damage`` flips a byte of the named files; ``listed_size``
-    lies about a size; ``status`` answers every API request with it."""
+    lies about a size, or with ``None`` leaves it out; ``status`` answers every API request with it.
+    ``answers`` are statuses for the next requests of a file, one each (0 for its content),
+    and ``cut_all`` stops every body of a large file after so many bytes."""
 
     cut: dict[str, int] = field(default_factory=dict)
     reset: bool = False
     hold: dict[str, int] = field(default_factory=dict)
     damage: set[str] = field(default_factory=set)
-    listed_size: dict[str, int] = field(default_factory=dict)
+    listed_size: dict[str, int | None] = field(default_factory=dict)
+    answers: dict[str, list[int]] = field(default_factory=dict)
+    cut_all: int | None = None
     ignore_ranges: bool = False
     status: int | None = None
 
@@ -83,7 +88,10 @@ class HubServer:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
+        #: Bytes of content that were sent, by the file's name.
+        self.served: Counter[str] = Counter()
         self.faults = Faults()
+        self.guard = threading.Lock()
         self.held = threading.Event()
         self._release = threading.Event()
         self._servers = [self._serve(cdn=False), self._serve(cdn=True)]
@@ -197,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, data in sorted(files.items()):
             size = self.hub.faults.listed_size.get(name, len(data))
             entry: dict[str, Any] = {"path": name, "size": size, "oid": git_oid(data)}
-            if LFS.fullmatch(name):
+            if LFS.fullmatch(name) and size is not None:
                 entry["lfs"] = {"sha256": sha256(data), "size": size, "pointerSize": 130}
             listed.append(entry)
         return listed
@@ -254,33 +262,45 @@ class _Handler(BaseHTTPRequestHandler):
         faults = self.hub.faults
         if name in faults.damage:
             data = data[:-1] + bytes([data[-1] ^ 1])
-        start, size = 0, len(data)
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("range", ""))
+        answers = faults.answers.get(name)
+        if answers and (status := answers.pop(0)):
+            self._error(status, None)
+            return
+        start, end, size = 0, len(data), len(data)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
         if wanted and not faults.ignore_ranges:
             start = int(wanted[1])
+            end = min(end, int(wanted[2]) + 1) if wanted[2] else end
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         else:
             self.send_response(200)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(size - start))
+        self.send_header("Content-Length", str(end - start))
         self.end_headers()
         if self.command == "HEAD":
             return
-        cut, hold = faults.cut.pop(name, None), faults.hold.pop(name, None)
-        stop = min(n for n in (cut, hold, size) if n is not None)
+        cut, hold = (
+            planned.pop(name) if start <= planned.get(name, -1) < end else None
+            for planned in (faults.cut, faults.hold)
+        )
+        most = start + faults.cut_all if self.cdn and faults.cut_all else None
+        stop = min(n for n in (cut, hold, most, end) if n is not None)
         try:
             for at in range(start, stop, _PIECE):
-                self.wfile.write(data[at : min(at + _PIECE, stop)])
+                piece = data[at : min(at + _PIECE, stop)]
+                self.wfile.write(piece)
+                with self.hub.guard:
+                    self.hub.served[name] += len(piece)
             if hold is not None:
                 self.wfile.flush()
                 self.hub.wait_for_release()
         except OSError:
             return
         finally:
-            if stop < size:
+            if stop < end:
                 self._hang_up(abruptly=faults.reset)
 
     def _hang_up(self, abruptly: bool) -> None:
