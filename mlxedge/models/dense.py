@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlxedge import gguf_values as gv
 from mlxedge.errors import TokenizerError, UnsupportedModelError
 from mlxedge.models.experts import Experts
-from mlxedge.models.rope import Rope, inverse_frequencies, rope_settings
+from mlxedge.models.rope import DEFAULT_THETA, Rope, inverse_frequencies, rope_settings
 from mlxedge.models.spec import Config, ModelSpec, Name
 from mlxedge.models.wiring import ACTIVATIONS, NAMES, PRE_NORM, Factors, Wiring, activation_name
 
@@ -51,7 +51,8 @@ class Dense:
     """The functions of a ``ModelSpec`` for one dense architecture.
 
     - ``fixed``: config keys that every model of this type has (``attention_bias`` and the like).
-    - ``defaults``: what transformers takes for keys that a config leaves out.
+    - ``defaults``: what transformers takes for keys that a config leaves out, and ``theta`` for
+      the base of rotary embeddings.
     - ``freq_factors``: whether llama.cpp reads ``rope_freqs.weight``; ``head_dim_free``: whether it
       allows heads that do not add up to the hidden size.
     - ``keys``: further config keys that GGUF has; ``mlx``: those that mlx-lm reads under another
@@ -74,6 +75,7 @@ class Dense:
     factors: Callable[[Config], Factors] = lambda config: Factors()
     ropes: Callable[[Config], tuple[Rope | None, ...]] = one_rope
     epsilon: str = "rms_norm_eps"
+    theta: float = DEFAULT_THETA
     defaults: Mapping[str, Any] = field(default_factory=dict)
     keys: tuple[Key, ...] = ()
     mlx: Callable[[Config], Config] = lambda config: {}
@@ -115,6 +117,9 @@ class Dense:
     def adopt(self, config: Config) -> Config:
         config = self.adopts(config)
         missing = {k: v for k, v in self.defaults.items() if config.get(k) is None}
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if config.get("rope_theta") is None and "rope_theta" not in rope:
+            missing |= {"rope_theta": self.theta}
         return config | missing
 
     def settle(self, config: Config) -> Config:

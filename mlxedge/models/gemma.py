@@ -1,4 +1,4 @@
-"""gemma: Gemma 1 and CodeGemma; norms of weights less one, embeddings times the root of the width."""
+"""gemma: Gemma 1 and CodeGemma; norms of weights less one, embeddings times the width's root."""
 
 from __future__ import annotations
 

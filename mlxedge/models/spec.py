@@ -193,6 +193,8 @@ class ModelSpec:
             "hidden": config["hidden_size"],
             "intermediate": config["intermediate_size"],
             "head": head,
+            "heads": config["num_attention_heads"],
+            "kv_heads": config["num_key_value_heads"],
             "gate_up": 2 * config["intermediate_size"],
             "q": head * config["num_attention_heads"],
             "kv": head * config["num_key_value_heads"],
