@@ -1,0 +1,49 @@
+"""granite: llama's graph with factors on embeddings, attention, residuals and logits."""
+
+from __future__ import annotations
+
+from mlxedge.models.dense import Dense, Key
+from mlxedge.models.names import names
+from mlxedge.models.spec import Config
+from mlxedge.models.wiring import Factors
+
+#: Config key → GGUF key; each is 1 where a config leaves it out.
+_FACTORS = {
+    "embedding_multiplier": "embedding_scale",
+    "attention_multiplier": "attention.scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+
+
+def _factors(config: Config) -> Factors:
+    return Factors(
+        embedding=float(config["embedding_multiplier"]),
+        attention=float(config["attention_multiplier"]),
+        residual=float(config["residual_multiplier"]),
+        logits=1.0 / float(config["logits_scaling"]),
+    )
+
+
+def _check(config: Config, runtime: str) -> list[str]:
+    found = [f"{key} is 0" for key in _FACTORS if not config[key]]
+    heads = config["head_dim"] * config["num_attention_heads"]
+    if runtime == "mlx" and heads != config["hidden_size"]:
+        found.append("mlx-lm's granite needs heads that add up to the hidden size")
+    return found
+
+
+SPEC = Dense(
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    arch="granite",
+    names=names(
+        rope_rows=True, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"
+    ),
+    factors=_factors,
+    fixed={"attention_bias": False, "mlp_bias": False},
+    defaults=dict.fromkeys(_FACTORS, 1.0),
+    keys=tuple(Key(key, gguf, default=1.0) for key, gguf in _FACTORS.items()),
+    freq_factors=True,
+    check=_check,
+).spec()
