@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mlxedge.calibration.collect import Collected
+    from mlxedge.calibration.states import KeptStates
     from mlxedge.calibration.statistics import Calibration
     from mlxedge.calibration.texts import Sample
     from mlxedge.models.spec import ModelSpec
@@ -232,12 +233,13 @@ class Guidance:
         threads: int,
         progress: ProgressHook | None,
         feedback_for: Set[str],
+        kept: KeptStates | None = None,
     ) -> Guide:
         """Run the model if that is planned, and say what is known of each tensor.
 
         For quality "best", and where weights come over the network, the model is run on the way, as
-        tensors are asked for; Hessians are computed for the tensors ``feedback_for`` alone. Raises
-        what ``mlxedge.calibration`` does.
+        tensors are asked for, from where an earlier run ``kept`` its states; Hessians are computed
+        for the tensors ``feedback_for`` alone. Raises what ``mlxedge.calibration`` does.
         """
         from mlxedge.calibration.collect import calibrate, collect, input_groups
         from mlxedge.calibration.store import read_hessians
@@ -257,6 +259,7 @@ class Guidance:
                 hessians=lambda names: best and not feedback_for.isdisjoint(names),
                 threads=threads,
                 progress=progress,
+                kept=kept,
             )
             return GuideOnTheWay(self.quality, input_groups(checkpoint), found)
         calibration = calibrate(checkpoint, self.sample, threads=threads, progress=progress)

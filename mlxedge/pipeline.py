@@ -29,6 +29,7 @@ from mlxedge.report import OutputResult, Report, TensorResult
 if TYPE_CHECKING:
     import numpy as np
 
+    from mlxedge.calibration.states import KeptStates
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
 
 #: Called from one thread at a time with weights done, weights in all, and the tensor's name; for a
@@ -136,6 +137,7 @@ class _Run:
                     self._processors,  # of the model, which is the fallback's, whatever encodes
                     self._calibrating,
                     self._fed_back(),
+                    self._kept_states(),
                 )
         except BadWeightsError as error:
             self._explain(error)
@@ -155,6 +157,25 @@ class _Run:
             and planned.how == "encode"
             and has_grid(planned.encoding)
         }
+
+    def _kept_states(self) -> KeptStates | None:
+        """Where a run of the model leaves its states, or goes on from those of an earlier one."""
+        from mlxedge.calibration.states import KeptStates
+
+        if not self.stages:
+            return None
+        wanted = {
+            planned.source
+            for stage in self.stages
+            for planned in stage.plan.tensors
+            if planned.name not in stage.done and planned.how == "encode"
+        }
+
+        def sync() -> None:
+            for stage in self.stages:
+                stage.sync()
+
+        return KeptStates(self.stages[0].dir / "states", wanted, sync)
 
     def _encode_all(self) -> None:
         running: set[Future[None]] = set()
@@ -302,8 +323,9 @@ class _Run:
             values = wanted if goal.offset else weights
             made = kept or self._encode(values, goal, known, result.quality)
             weighted = 0.0
-            if kept is None:
+            if measured := kept is None or goal.kept == "rounded once":
                 error, weighted = self._error(made, goal, wanted, importance)
+            if kept is None:
                 if finite and result.quality != "reference":
                     error = self._in_range(wanted, goal, error)
                 if finite and not math.isfinite(error):
@@ -320,7 +342,7 @@ class _Run:
                 result.squared_error += error
                 result.squared_weights += power
                 result.weighted_error += weighted
-                result.weighted_weights += weighted_power if kept is None else 0.0
+                result.weighted_weights += weighted_power if measured else 0.0
                 result.how = "encode" if kept is None else result.how
                 result.nonfinite |= not finite
                 self._seconds[index] += time.perf_counter() - began
@@ -358,7 +380,9 @@ class _Run:
             return parts
         if goal.how == "transcode":
             with contextlib.suppress(UnsupportedEncodingError):
-                return self.reference.transcode(parts, source.encoding, goal.encoding)
+                return self.reference.transcode(
+                    parts, source.encoding, goal.encoding, rounded=goal.kept == "rounded once"
+                )
         return None
 
     def _encode(

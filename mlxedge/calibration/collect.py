@@ -21,6 +21,7 @@ from mlxedge.layers import LayerRunner, ProgressHook
 from mlxedge.models.decoder import head_name, layer_groups, shape_of
 
 if TYPE_CHECKING:
+    from mlxedge.calibration.states import KeptStates
     from mlxedge.sources.checkpoint import Checkpoint
 
 #: Whether a group of matrices that share an input is to have a Hessian.
@@ -56,18 +57,26 @@ def collect(
     threads: int | None = None,
     folder: Path | None = None,
     progress: ProgressHook | None = None,
+    kept: KeptStates | None = None,
 ) -> Generator[Collected]:
     """Run ``sample`` through a prepared ``checkpoint`` and yield what its matrices saw, in the
     order of ``input_groups``.
 
     The weights and the Hessians of one layer are in memory at a time, if the consumer keeps none.
     ``hessians`` may choose groups by their names. ``folder`` is where hidden states go that memory
-    is too small for. Results do not depend on ``threads``; the last bits of Hessians may depend on
+    is too small for. With ``kept`` an earlier run is gone on with, which leaves out the layers that
+    it had finished. Results do not depend on ``threads``; the last bits of Hessians may depend on
     NumPy's BLAS. Raises what ``LayerRunner`` does.
     """
     with LayerRunner(checkpoint, sample.ids, threads, folder=folder) as runner:
+        if kept is not None:
+            kept.restore(runner)
         while runner.done < runner.shape.layers:
+            if kept is not None:
+                kept.keep(runner)
             yield from _handed_over(collect_layer(runner, hessians, progress))
+        if kept is not None:
+            kept.keep(runner)
         yield collect_head(runner, hessians)
         if progress:
             total = runner.shape.layers * runner.sequences

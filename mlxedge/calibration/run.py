@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from mlxedge.calibration.collect import as_calibration, collect_head, collect_layer
 from mlxedge.calibration.imatrix import write_imatrix
+from mlxedge.calibration.states import restore_states, states_files, write_states
 from mlxedge.calibration.store import (
     hessian_folder,
     layer_file,
@@ -126,13 +125,13 @@ def _collect(
     with LayerRunner(checkpoint, taken.ids, threads, folder=run.dir) as runner:
         if run.done:
             with os_errors(run.out):
-                run.restore(runner)
+                restore_states(run.dir, runner, run.done)
         while runner.done < runner.shape.layers:
             layer = runner.done
             found = collect_layer(runner, hessians, progress)
             with os_errors(run.out):
                 write_layer(run.layer(layer), found, run.about)
-                run.keep_states(runner)
+                write_states(run.dir, runner)
             del found
         head = collect_head(runner, hessians)
         with os_errors(run.out):
@@ -223,39 +222,9 @@ class _Run:
             self.done = self.layers
             return
         self._layers_dir.mkdir(exist_ok=True)
-        for done in range(self.layers, 0, -1):
-            states = self._states(done)
-            if states.is_file() and states.stat().st_size == self._states_bytes:
-                whole = all(self.layer(layer).is_file() for layer in range(done))
-                self.done = done if whole else 0
-                break
-
-    def _states(self, done: int) -> Path:
-        return self.dir / f"states-{done}.bin"
-
-    def keep_states(self, runner: LayerRunner) -> None:
-        """Once they are on disk, those before are not needed."""
-        path = self._states(runner.done)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            for index in range(runner.sequences):
-                file.write(runner.states.read(index).astype("<f4", copy=False).data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        for other in self.dir.glob("states-*.bin"):
-            if other != path:
-                other.unlink()
-
-    def restore(self, runner: LayerRunner) -> None:
-        with self._states(self.done).open("rb") as file:
-            shape = runner.length, runner.shape.hidden
-
-            def states(index: int) -> np.ndarray:
-                values = np.fromfile(file, "<f4", shape[0] * shape[1])
-                return values.reshape(shape).astype(np.float32, copy=False)
-
-            runner.restore(self.done, states)
+        self.done = next(iter(states_files(self.dir, self._states_bytes)), 0)
+        if not all(self.layer(layer).is_file() for layer in range(self.done)):
+            self.done = 0
 
     def publish(self) -> None:
         """Give everything its final name; begun again, it does what is left. Hessians that stood

@@ -189,6 +189,11 @@ class Staging:
             if self._unsynced >= SYNC_BYTES:
                 self._sync()
 
+    def sync(self) -> None:
+        """Put on disk what is done, and note it."""
+        with self._guard, os_errors(self.plan.path):
+            self._sync()
+
     def _sync(self) -> None:
         for fd in self._files:
             os.fsync(fd)
