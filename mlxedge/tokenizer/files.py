@@ -8,17 +8,20 @@ role, whether BOS and EOS are added. The rules are those of transformers 5.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlxedge.errors import TokenizerError
-from mlxedge.tokenizer import pre, sentencepiece
+from mlxedge.tokenizer import pre, ranks, sentencepiece
 from mlxedge.tokenizer.spec import TokenizerSpec
 
 Json = dict[str, Any]
 
 #: The roles that a special token can have.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+#: Names under which folders hold a SentencePiece model.
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
 
 #: What an added token may say of itself.
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -51,11 +54,30 @@ def read_json(spec: TokenizerSpec, name: str) -> Json:
 
 
 def settings(spec: TokenizerSpec) -> Json:
-    """tokenizer_config.json, completed from special_tokens_map.json."""
+    """tokenizer_config.json, completed from special_tokens_map.json.
+
+    Before them stand the roles that a tekken.json or a SentencePiece model gives to its tokens.
+    """
     return {
+        **_own_roles(spec),
         **read_json(spec, "special_tokens_map.json"),
         **read_json(spec, "tokenizer_config.json"),
     }
+
+
+def _own_roles(spec: TokenizerSpec) -> Json:
+    name = _sentencepiece_file(spec)
+    if "tokenizer.json" in spec.files:
+        return {}
+    if ranks.TEKKEN in spec.files:
+        return dict(ranks.TEKKEN_ROLES)
+    if name is None:
+        return {}
+    return dict(sentencepiece.parse(spec.files[name]).roles())
+
+
+def _sentencepiece_file(spec: TokenizerSpec) -> str | None:
+    return next((name for name in SENTENCEPIECE_FILES if name in spec.files), None)
 
 
 def content(token: Any) -> str | None:
@@ -110,28 +132,34 @@ def _text(raw: bytes, name: str) -> str:
 def document(spec: TokenizerSpec) -> Json:
     """The tokenizer as the content of a tokenizer.json, complete.
 
-    From tokenizer.json itself, from a SentencePiece tokenizer.model, or from vocab.json and
-    merges.txt. Raises TokenizerError if there is none of them, or they contradict themselves.
+    From tokenizer.json itself, from Mistral's tekken.json, from a SentencePiece model, or from
+    vocab.json and merges.txt. Raises TokenizerError if there is none of them, or they contradict
+    themselves.
     """
     config = settings(spec)
+    adds: tuple[str, ...] = ()
     if "tokenizer.json" in spec.files:
         made = read_json(spec, "tokenizer.json")
-        default_bos = False
-    elif "tokenizer.model" in spec.files:
-        made = sentencepiece.document(sentencepiece.parse(spec.files["tokenizer.model"]))
-        default_bos = True  # as LlamaTokenizer, the class of such folders
+    elif ranks.TEKKEN in spec.files:
+        made = _from_tekken(spec)
+        adds = ("bos_token",)
+    elif (name := _sentencepiece_file(spec)) is not None:
+        model = sentencepiece.parse(spec.files[name])
+        made = sentencepiece.document(model)
+        # As the classes of such folders do: LlamaTokenizer for BPE, T5Tokenizer for unigram.
+        adds = ("eos_token",) if model.kind == sentencepiece.UNIGRAM else ("bos_token",)
     elif "vocab.json" in spec.files and "merges.txt" in spec.files:
         made = _from_vocab_and_merges(spec, config)
-        default_bos = False
     else:
         raise TokenizerError(
-            "no tokenizer found: expected tokenizer.json, tokenizer.model, or vocab.json with "
-            f"merges.txt, and there is {', '.join(sorted(spec.files)) or 'nothing'}"
+            "no tokenizer found: expected tokenizer.json, tokenizer.model, spiece.model, "
+            "tekken.json, or vocab.json with merges.txt, and there is "
+            f"{', '.join(sorted(spec.files)) or 'nothing'}"
         )
     _check(made)
     made["truncation"] = made["padding"] = None  # a prompt is never cut or filled
     _add_tokens(made, spec, config)
-    _set_ends(made, config, default_bos)
+    _set_ends(made, config, adds)
     return made
 
 
@@ -175,6 +203,18 @@ def vocabulary(made: Mapping[str, Any]) -> dict[str, int]:
     for token in made.get("added_tokens") or ():
         ids[token["content"]] = token["id"]
     return ids
+
+
+def _from_tekken(spec: TokenizerSpec) -> Json:
+    special, tokens, pattern = ranks.tekken(read_json(spec, ranks.TEKKEN))
+    by_rank, merges = ranks.byte_level_vocabulary(tokens)
+    vocab = {text: i for i, text in enumerate(special)}
+    vocab |= {text: len(special) + rank for text, rank in by_rank.items()}
+    if len(vocab) != len(special) + len(tokens):
+        raise TokenizerError(f"{ranks.TEKKEN}: a special token is another token too")
+    made = byte_level_document(vocab, merges, pre.splitting(pattern), ignore_merges=True)
+    made["added_tokens"] = [added_token(text, i, special=True) for i, text in enumerate(special)]
+    return made
 
 
 def _from_vocab_and_merges(spec: TokenizerSpec, config: Json) -> Json:
@@ -287,15 +327,20 @@ def _add_tokens(made: Json, spec: TokenizerSpec, config: Json) -> None:
         by_text[text] = token
         added.append(token)
     for token in added:
-        if token["content"] in roles:
+        # transformers may list a tokenizer's runs of spaces among its special tokens.
+        if token["content"] in roles and token["content"].strip(sentencepiece.SPACE + " \t\r\n"):
             token["special"] = True
 
 
-def _set_ends(made: Json, config: Json, default_bos: bool) -> None:
-    """Let explicit ``add_bos_token`` and ``add_eos_token`` decide what an encoding begins with."""
+def _set_ends(made: Json, config: Json, adds: Sequence[str]) -> None:
+    """Let explicit ``add_bos_token`` and ``add_eos_token`` decide what an encoding begins with.
+
+    ``adds``: the roles whose tokens are added where the settings are silent.
+    """
     flags = [config.get("add_bos_token"), config.get("add_eos_token")]
-    if made.get("post_processor") is None and default_bos and flags[0] is None:
-        flags[0] = True
+    for i, role in enumerate(("bos_token", "eos_token")):
+        if role in adds and flags[i] is None:
+            flags[i] = True
     if not any(isinstance(flag, bool) for flag in flags):
         return
     texts = special_tokens(config)

@@ -343,13 +343,18 @@ def pre_tokenizer(name: str) -> tuple[dict[str, Any], Pre]:
             f"pre-tokenizer {name!r} has no equivalent in the tokenizers library; take the "
             "tokenizer from the original model instead"
         )
+    return splitting(*FAMILIES[pre.family], byte_level=not pre.raw), pre
+
+
+def splitting(*expressions: str, byte_level: bool = True) -> dict[str, Any]:
+    """A ``pre_tokenizer`` that cuts by one regular expression after the other."""
     steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-        for regex in FAMILIES[pre.family]
+        for regex in expressions
     ]
-    if not pre.raw:
+    if byte_level:
         steps.append(_byte_level(use_regex=False))
-    return {"type": "Sequence", "pretokenizers": steps}, pre
+    return {"type": "Sequence", "pretokenizers": steps}
 
 
 def gpt2_pre_tokenizer() -> dict[str, Any]:

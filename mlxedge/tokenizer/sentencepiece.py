@@ -23,7 +23,7 @@ SPACE = "▁"
 #: Kinds of pieces, numbered as in the file (and in GGUF).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _KINDS = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
-_UNIGRAM, _BPE = 1, 2
+UNIGRAM, _BPE = 1, 2
 #: The field of the trainer's settings that names each special piece, and its default.
 _NAMED = {"unk": (45, "<unk>"), "bos": (46, "<s>"), "eos": (47, "</s>"), "pad": (48, "<pad>")}
 #: How tokenizer.json files take away spaces: around a text, and all but one between words.
@@ -49,7 +49,7 @@ class Model:
     """
 
     pieces: list[Piece] = field(default_factory=list)
-    kind: int = _UNIGRAM
+    kind: int = UNIGRAM
     charsmap: bytes = b""
     space_prefix: bool = True
     remove_extra_spaces: bool = True
@@ -79,18 +79,26 @@ def parse(raw: bytes) -> Model:
                 model.pieces.append(_piece(value))
             elif number == 2 and isinstance(value, bytes):
                 rules = dict(_fields(value))
-                model.kind = rules.get(3, _UNIGRAM)
+                model.kind = rules.get(3, UNIGRAM)
                 model.named = {
                     role: rules[at].decode() if at in rules else text
                     for role, (at, text) in _NAMED.items()
                 }
             elif number == 3 and isinstance(value, bytes):
                 rules = dict(_fields(value))
-                model.charsmap = rules.get(2, b"")
+                model.charsmap = bytes(memoryview(rules.get(2, b"")))
                 model.space_prefix = bool(rules.get(3, 1))
                 model.remove_extra_spaces = bool(rules.get(4, 1))
-    except (ValueError, IndexError, struct.error) as error:
+    except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
+        # TypeError and AttributeError: a field is a number where bytes should be.
         raise TokenizerError(f"tokenizer.model is not a SentencePiece model: {error}") from error
+    # A user's piece is looked for in the text as it is, before spaces are replaced.
+    model.pieces = [
+        Piece(piece.text.replace(SPACE, " "), piece.score, piece.kind)
+        if piece.kind == USER_DEFINED
+        else piece
+        for piece in model.pieces
+    ]
     if not model.pieces:
         raise TokenizerError("tokenizer.model is not a SentencePiece model: it holds no pieces")
     return model
@@ -147,7 +155,7 @@ def document(model: Model) -> dict[str, Any]:
     """
     if model.kind == _BPE:
         return bpe_document(model)
-    if model.kind != _UNIGRAM:
+    if model.kind != UNIGRAM:
         raise TokenizerError(
             f"tokenizer.model is of SentencePiece kind {model.kind}; only unigram (1) and BPE (2) "
             "models are read"

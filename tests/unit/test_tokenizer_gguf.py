@@ -145,6 +145,14 @@ def test_kinds_of_tokens_and_gaps() -> None:
     assert kinds[1001:] == [UNUSED, UNUSED]
 
 
+def test_runs_of_spaces_are_no_control_tokens() -> None:
+    """transformers may save them among the special tokens."""
+    config = {"extra_special_tokens": ["    ", "<tool_call>"]}
+    made = to_gguf(TokenizerSpec(byte_level_files(config=config)), {})
+    by_text = dict(zip(made[KEY + "tokens"].value, made[KEY + "token_type"].value))
+    assert (by_text["    "], by_text["<tool_call>"]) == (USER_DEFINED, CONTROL)
+
+
 def test_user_tokens_are_written_with_spaces() -> None:
     files = dict(from_gguf(sentencepiece_metadata()).files)
     document = json.loads(files["tokenizer.json"])

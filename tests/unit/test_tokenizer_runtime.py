@@ -281,7 +281,8 @@ def test_qwen_cuts_in_its_own_way() -> None:
     ("spec", "problem"),
     [
         (TokenizerSpec({}), "no tokenizer found"),
-        (TokenizerSpec({"tekken.json": b"{}"}), "there is tekken.json"),
+        (TokenizerSpec({"vocab.txt": b"a"}), "there is vocab.txt"),
+        (TokenizerSpec({"tekken.json": b"{}"}), "tekken.json is not one of Mistral's"),
         (TokenizerSpec({"tokenizer.json": b"{"}), "not valid JSON"),
         (TokenizerSpec({"tokenizer.json": b"[" * 100_000}), "not valid JSON"),
         (TokenizerSpec({"tokenizer.json": b"[1]"}), "no JSON object"),

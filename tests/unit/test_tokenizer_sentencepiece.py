@@ -128,6 +128,16 @@ def test_a_unigram_model_takes_the_likeliest_pieces() -> None:
     assert to_gguf(spec(raw), {})["tokenizer.ggml.model"].value == "t5"
 
 
+def test_the_roles_of_a_model_without_settings() -> None:
+    """Names that are no special piece of the vocabulary have no role."""
+    raw = model([*SPECIAL, *WORDS]) + field(2, field(3, 2) + field(48, b"</s>"))
+    tokenizer = load(TokenizerSpec({"spiece.model": raw}))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.encode("a")[0] == 1
+    bare = load(TokenizerSpec({"tokenizer.model": model(WORDS)}))
+    assert (bare.bos_id, bare.eos_id) == (None, None)
+
+
 def test_a_unigram_model_with_byte_pieces_is_not_written_to_gguf() -> None:
     """llama.cpp would give the unknown token where the model has bytes."""
     pieces = [*SPECIAL, ("▁a", -1.0, 1), *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256))]
@@ -154,6 +164,9 @@ def test_what_a_user_types_is_no_special_piece() -> None:
         (field(1, field(1, b"\xff")), "not a SentencePiece model"),
         (model([("x", 0.0, 9)]), "unknown kind"),
         (b"\x0a" + b"\xff" * 11, "too long"),
+        (model(SPECIAL) + field(1, field(1, b"x") + field(2, 1)), "not a SentencePiece model"),
+        (model(SPECIAL) + field(2, field(46, 1)), "not a SentencePiece model"),
+        (model(SPECIAL) + field(3, field(2, 1)), "not a SentencePiece model"),
         (model([*SPECIAL, ("x" * 2000, 0.0, 1)]), "2000 characters"),
         (model(SPECIAL, kind=3), "kind 3"),
     ],
