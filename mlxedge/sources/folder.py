@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "tokenizer.model",
+    "spiece.model",
+    "tekken.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
