@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from oracles import architectures
 from oracles.tiny import write_tokenizer
 
 #: Small, and large enough that groups of 32 and 64 fit.
@@ -155,6 +156,7 @@ SAVED: dict[str, dict[str, Any]] = {
         "logit_scale": 1.5,
     },
 }
+SAVED |= architectures.SAVED
 
 
 def write_checkpoint(
