@@ -22,6 +22,10 @@ YARN = {
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+#: What an architecture needs beside the sizes, or instead of them.
+OWN: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+}
 SAVED: dict[str, dict[str, Any]] = {
     "seed_oss": {"model_type": "seed_oss", "head_dim": 48},
     "seed_oss-yarn-no-biases": {
@@ -72,12 +76,7 @@ SAVED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 64,
         "sliding_window": 40,
     },
-    "olmoe": {
-        "model_type": "olmoe",
-        "num_key_value_heads": 4,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-    },
+    "olmoe": {"model_type": "olmoe"},
 }
 
 #: Of these mlx-lm computes GELU itself, and the model its approximation by tanh.
@@ -126,8 +125,7 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "olmoe-normalised": (
         {
             "model_type": "olmoe",
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
+            "num_key_value_heads": 2,
             "norm_topk_prob": True,
             "tie_word_embeddings": True,
         },

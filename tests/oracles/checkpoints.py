@@ -156,6 +156,7 @@ SAVED: dict[str, dict[str, Any]] = {
         "logit_scale": 1.5,
     },
 }
+OWN |= architectures.OWN
 SAVED |= architectures.SAVED
 
 
