@@ -111,6 +111,7 @@ def main() -> None:
             if name in options.methods:
                 out = fresh(home / f"by-{name.replace(' ', '-')}")
                 took[name] = run(command, out, home, options.limit)
+                print(f"{name}: {took[name]}", file=sys.stderr)
                 if isinstance(took[name], float):
                     made[name] = out
         found = evaluate(
