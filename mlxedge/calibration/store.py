@@ -81,6 +81,9 @@ _ROPE = {
         "factor", "beta_fast", "beta_slow", "truncate", "attention_factor",
         "original_max_position",
     ),
+    "longrope": (
+        "factor", "short_factor", "long_factor", "attention_factor", "original_max_position",
+    ),
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 #: Modules of this package that serve the architectures and are none themselves.
-_SHARED = {"decoder", "dense", "experts", "layout", "names", "rope", "spec", "wiring"}
+_SHARED = {"decoder", "dense", "experts", "layout", "names", "rope", "rope_files", "spec", "wiring"}
 
 
 @cache

@@ -17,7 +17,7 @@ import numpy as np
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.models import spec_for
 from mlxedge.models.experts import ROUTER, SHARED, SHARED_GATE, STACKS, ExpertShape
-from mlxedge.models.rope import Rope, inverse_frequencies
+from mlxedge.models.rope import LONG, Rope, inverse_frequencies
 from mlxedge.models.wiring import Factors, Wiring, activation_of
 from mlxedge.ops import load_forward, load_reference
 
@@ -57,6 +57,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
         intermediate, vocab = int(config["intermediate_size"]), int(config["vocab_size"])
     except KeyError as missing:
         raise UnsupportedModelError(f"config.json has no {missing.args[0]}") from None
+    ropes = spec.ropes(config)
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if heads % kv_heads:
         raise UnsupportedModelError(f"{heads} attention heads cannot share {kv_heads} of keys")
@@ -68,15 +69,22 @@ def shape_of(config: dict[str, Any]) -> Shape:
         head_dim=int(config.get("head_dim") or hidden // heads),
         intermediate=intermediate,
         vocab=vocab,
-        context=int(config.get("max_position_embeddings") or 2048),
+        context=_context(config, ropes),
         epsilon=float(config.get(spec.epsilon) or 1e-6),
-        ropes=spec.ropes(config),
+        ropes=ropes,
         windows=spec.windows(config),
         activation=activation,
         wiring=spec.wiring,
         factors=spec.factors(config),
         experts=spec.experts.shape(config) if spec.experts else None,
     )
+
+
+def _context(config: dict[str, Any], ropes: Sequence[Rope | None]) -> int:
+    """Beyond the context of the first training longrope would turn what is in the cache anew."""
+    longest = int(config.get("max_position_embeddings") or 2048)
+    limits = [rope.original_max_position for rope in ropes if rope and rope.type == LONG]
+    return min(longest, *limits) if limits else longest
 
 
 class Weights:

@@ -6,15 +6,24 @@ conversion/llama.py, as vendored by llama-cpp-python 0.3.36.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlxedge import gguf_values as gv
 from mlxedge.errors import TokenizerError, UnsupportedModelError
 from mlxedge.models.experts import Experts
-from mlxedge.models.rope import DEFAULT_THETA, Rope, inverse_frequencies, rope_settings
+from mlxedge.models.rope import DEFAULT_THETA, LONG, Rope, rope_settings
+from mlxedge.models.rope_files import (
+    Get,
+    both_styles,
+    rope_from_gguf,
+    rope_metadata,
+    rope_objections,
+    rope_tensors,
+    rope_values,
+    shortest,
+)
 from mlxedge.models.spec import Config, ModelSpec, Name
 from mlxedge.models.wiring import ACTIVATIONS, NAMES, PRE_NORM, Factors, Wiring, activation_name
 
@@ -26,8 +35,7 @@ def no_windows(config: Config) -> tuple[int, ...]:
     return (0,) * config["num_hidden_layers"]
 
 
-#: Gives a GGUF key of the architecture, or a default (``None``).
-Get = Callable[..., Any]
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def one_rope(config: Config) -> tuple[Rope | None, ...]:
@@ -38,12 +46,13 @@ def one_rope(config: Config) -> tuple[Rope | None, ...]:
 @dataclass(frozen=True)
 class Key:
     """A config key that a GGUF file has under the name ``gguf``; ``default`` is what a file means
-    that does not have it."""
+    that does not have it, and ``none`` what stands for none there, if the key is always written."""
 
     config: str
     gguf: str
     kind: Literal["f32", "u32"] = "f32"
     default: float | int | None = None
+    none: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Dense:
       name or in another form.
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
+    - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
@@ -81,6 +91,8 @@ class Dense:
     mlx: Callable[[Config], Config] = lambda config: {}
     windowed: Container[str] = ()
     period: int = 0
+    longrope: bool = False
+    notes: Callable[[Config, str], list[str]] = lambda config, runtime: []
     tied: Mapping[str, bool] = field(default_factory=dict)
     adopts: Callable[[Config], Config] = lambda config: config
     settles: Callable[[Config], Config] = lambda config: config
@@ -102,6 +114,7 @@ class Dense:
             config_from_gguf=self.config_from_gguf,
             mlx_config=self.mlx_config,
             objections=self.objections,
+            notes=self.notes,
             window=self.window,
             windows=self.windows,
             ropes=self.ropes,
@@ -146,7 +159,8 @@ class Dense:
             "rope.freq_base": gv.f32(rope.theta),
         }
         for key in self.keys:
-            if (value := config.get(key.config)) is not None:
+            value = config.get(key.config)
+            if (value := key.none if value is None else value) is not None:
                 values[key.gguf] = gv.f32(value) if key.kind == "f32" else gv.u32(value)
         if "gguf" in self.windowed and any(windows := self.windows(config)):
             values["attention.sliding_window"] = gv.u32(max(windows))
@@ -156,7 +170,7 @@ class Dense:
         if self.experts is not None:
             keys = _expert_keys(self.experts)
             values |= {gguf_key: gv.u32(config[key]) for key, gguf_key in keys.items()}
-        return {f"{self.arch}.{k}": v for k, v in (values | _rope_scaling(rope)).items()}
+        return {f"{self.arch}.{k}": v for k, v in (values | rope_metadata(rope)).items()}
 
     @property
     def _epsilon_key(self) -> str:
@@ -170,15 +184,7 @@ class Dense:
         return min(found, key=lambda one: one[0], default=(0, Rope()))[1]
 
     def gguf_extra(self, config: Config) -> dict[str, np.ndarray]:
-        """``rope_freqs.weight`` f32 ``[head_dim / 2]`` for llama3 rope: plain over scaled."""
-        import numpy as np
-
-        rope = self._rope(config)
-        if rope.type != "llama3":
-            return {}
-        plain = inverse_frequencies(replace(rope, type="default"), config["head_dim"])
-        scaled = inverse_frequencies(rope, config["head_dim"])
-        return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
+        return rope_tensors(self._rope(config), config["head_dim"])
 
     def config_from_gguf(
         self, metadata: Mapping[str, gv.GgufValue], extra: Mapping[str, np.ndarray]
@@ -201,23 +207,8 @@ class Dense:
         vocab = get("vocab_size") or (len(tokens.value) if tokens else None)
         if not vocab:
             raise TokenizerError("the GGUF metadata says neither vocab_size nor the tokens")
-        rope: dict[str, Any] = {
-            "rope_type": "default",
-            "rope_theta": float(get("rope.freq_base", 10000.0)),
-        }
-        kind = get("rope.scaling.type")
-        if kind in ("linear", "yarn"):
-            rope |= {"rope_type": kind, "factor": float(get("rope.scaling.factor", 1.0))}
-        elif kind not in (None, "none"):
-            raise UnsupportedModelError(f"rope scaling {kind!r} of a GGUF file is not supported")
-        if kind == "yarn":
-            rope["original_max_position_embeddings"] = need("rope.scaling.original_context_length")
-            for key, gguf_key in _YARN.items():
-                if (value := get(gguf_key)) is not None:
-                    rope[key] = float(value)
         head_dim = get("attention.key_length") or hidden // heads
-        if (rotated := get("rope.dimension_count", head_dim)) != head_dim and self.wiring.partial:
-            rope["partial_rotary_factor"] = rotated / head_dim
+        rope = rope_from_gguf(get, extra, head_dim, self.wiring.partial)
         config: Config = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -229,22 +220,21 @@ class Dense:
             "num_key_value_heads": get("attention.head_count_kv") or heads,
             "head_dim": head_dim,
             "max_position_embeddings": get("context_length", 2048),
-            self.epsilon: _shortest(get(self._epsilon_key, 1e-6)),
+            self.epsilon: shortest(get(self._epsilon_key, 1e-6)),
             "vocab_size": vocab,
             **self.fixed,
         }
         for key in self.keys:
             value = get(key.gguf, key.default)
-            config[key.config] = _shortest(value) if isinstance(value, float) else value
+            value = None if value == key.none else value
+            config[key.config] = shortest(value) if isinstance(value, float) else value
         if "gguf" in self.windowed:
             config |= self._windows_from_gguf(get, config["num_hidden_layers"])
         if self.experts is not None:
             for key, gguf_key in _expert_keys(self.experts).items():
                 if (value := get(gguf_key)) is not None or key not in config:
                     config[key] = value
-        if (factors := extra.get("rope_freqs.weight")) is not None:
-            rope |= llama3_from_factors(factors, rope["rope_theta"], config["head_dim"])
-        return self.back(config | _both_styles(rope), get)
+        return self.back(config | both_styles(rope), get)
 
     def _windows_from_gguf(self, get: Get, layers: int) -> Config:
         window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
@@ -261,16 +251,7 @@ class Dense:
         """mlx-lm reads ``rope_theta`` and ``rope_scaling`` only (0.32.2), so both styles are
         written; its defaults differ from transformers', so nothing is left to them."""
         rope = self._rope(config)
-        values: dict[str, Any] = {"rope_type": rope.type, "rope_theta": rope.theta}
-        if rope.type != "default":
-            values["factor"] = rope.factor
-        if rope.type == "llama3":
-            values["low_freq_factor"] = rope.low_freq_factor
-            values["high_freq_factor"] = rope.high_freq_factor
-        if rope.type == "yarn":
-            values |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        if rope.type in ("llama3", "yarn"):
-            values["original_max_position_embeddings"] = rope.original_max_position
+        values = rope_values(rope)
         made = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")}
         made |= {k: v for k, v in self.fixed.items() if k not in made}
         if "mlx" not in self.windowed:
@@ -279,7 +260,7 @@ class Dense:
             made["max_position_embeddings"] = window
         if self.wiring.partial:
             made["partial_rotary_factor"] = values["partial_rotary_factor"] = rope.fraction
-        return made | _both_styles(values) | self.mlx(config)
+        return made | both_styles(values) | self.mlx(config)
 
     def window(self, config: Config, runtime: str) -> int | None:
         """The smallest sliding window of any layer, if the model's context is longer and the
@@ -302,20 +283,12 @@ class Dense:
         if self.tied.get(runtime, tied) != tied:
             kind = "untied" if self.tied[runtime] else "tied"
             found.append(f"{kind} embeddings are not part of this architecture in {NAMES[runtime]}")
-        if runtime == "gguf":
-            if rope.type == "dynamic":
-                found.append("llama.cpp has no dynamic rope scaling")
-            if rope.type == "llama3" and not self.freq_factors:
-                found.append(f"llama.cpp reads no llama3 rope factors for {self.arch}")
-            full = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
-            if not full and not self.head_dim_free:
-                found.append(f"llama.cpp's {self.arch} needs heads that add up to the hidden size")
-        if rope.type == "yarn" and not rope.truncate:
-            found.append("the runtime cannot be told this yarn truncate: false")
-        default = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
-        if rope.type == "yarn" and not math.isclose(rope.attention_factor, default, rel_tol=1e-6):
-            found.append("the runtime cannot be told this yarn attention_factor")
-        return found
+        if rope.type == LONG and not self.longrope:
+            found.append("longrope is not part of this architecture")
+        full = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
+        if runtime == "gguf" and not full and not self.head_dim_free:
+            found.append(f"llama.cpp's {self.arch} needs heads that add up to the hidden size")
+        return found + rope_objections(rope, runtime, self.arch, self.freq_factors)
 
 
 def _expert_keys(experts: Experts) -> dict[str, str]:
@@ -394,74 +367,3 @@ def qwen_windows(config: Config) -> tuple[int, ...]:
 def _context(config: Config, window: int | None = None) -> int:
     context: int = config.get("max_position_embeddings") or 2048
     return context if window is None else min(context, window)
-
-
-_SLIDING, _FULL = "sliding_attention", "full_attention"
-_YARN = {
-    "beta_fast": "rope.scaling.yarn_beta_fast",
-    "beta_slow": "rope.scaling.yarn_beta_slow",
-}
-
-
-def _rope_scaling(rope: Rope) -> gv.Metadata:
-    if rope.type not in ("linear", "yarn"):
-        return {}
-    values = {
-        "rope.scaling.type": gv.string(rope.type),
-        "rope.scaling.factor": gv.f32(rope.factor),
-    }
-    if rope.type == "yarn":
-        values["rope.scaling.original_context_length"] = gv.u32(rope.original_max_position)
-        values["rope.scaling.yarn_beta_fast"] = gv.f32(rope.beta_fast)
-        values["rope.scaling.yarn_beta_slow"] = gv.f32(rope.beta_slow)
-    return values
-
-
-def _both_styles(rope: dict[str, Any]) -> Config:
-    """``rope_theta`` and ``rope_scaling`` for older readers, ``rope_parameters`` for newer."""
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-    return {
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": scaling if rope["rope_type"] != "default" else None,
-        "rope_parameters": rope,
-    }
-
-
-def _shortest(value: float) -> float:
-    """The decimal number that an f32 was made from: 9.999999747378752e-06 → 1e-05."""
-    return float(f"{value:.7g}")
-
-
-def llama3_from_factors(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
-    """The llama3 rope settings that give these frequency factors f32 ``[head_dim / 2]``.
-
-    Between the two wavelengths 1/factor is linear in the frequency, so two points of that stretch
-    tell them; only ratios matter, so ``low_freq_factor`` is taken as 1, as published models do.
-    Raises UnsupportedModelError if the factors are not of this form.
-    """
-    import numpy as np
-
-    f = np.asarray(factors, dtype=np.float64)
-    plain = inverse_frequencies(Rope(theta=theta), head_dim)
-    if f.shape != plain.shape:
-        raise UnsupportedModelError(
-            f"rope_freqs.weight has {f.size} factors for {plain.size} pairs"
-        )
-    factor = float(f.max())
-    settings: dict[str, Any] = {"rope_type": "llama3", "factor": float(f"{factor:.6g}")}
-    candidates = [(8192.0, 4.0)]
-    inner = np.flatnonzero((f > 1.0) & (f < factor))
-    if inner.size >= 2:
-        keep = (1 / f[inner] - 1 / factor) / (1 - 1 / factor)
-        slope, offset = np.polyfit(plain[inner] / (2 * math.pi), keep, 1)
-        candidates.append((float(slope / -offset), float(1 + 1 / -offset)))
-    for original, high in candidates:
-        trial = settings | {
-            "low_freq_factor": 1.0,
-            "high_freq_factor": float(f"{high:.4g}"),
-            "original_max_position_embeddings": round(original),
-        }
-        rope = rope_settings({"rope_parameters": trial | {"rope_theta": theta}})
-        if np.allclose(plain / inverse_frequencies(rope, head_dim), f, rtol=1e-3):
-            return trial
-    raise UnsupportedModelError("rope_freqs.weight holds factors that are not llama3's")

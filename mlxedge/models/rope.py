@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 DEFAULT_THETA = 10000.0
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+#: Phi's, with factors of its own for each frequency, others beyond the context of the first
+#: training: LongRoPE, arXiv 2402.13753.
+LONG = "longrope"
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", LONG)
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Rope:
     """The rotary settings of a model.
 
     ``type`` is one of ``ROPE_TYPES``. ``original_max_position`` is the context the model was first
-    trained with. ``attention_factor`` multiplies cosine and sine (yarn; 1.0 otherwise), and
-    ``fraction`` of each head is rotated. Fields that a type does not use keep their defaults.
+    trained with. ``attention_factor`` multiplies cosine and sine (yarn, longrope; 1.0 otherwise),
+    and ``fraction`` of each head is rotated. Fields that a type does not use keep their defaults.
     """
 
     theta: float = DEFAULT_THETA
@@ -41,6 +44,8 @@ class Rope:
     attention_factor: float = 1.0
     truncate: bool = True
     fraction: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     def dims(self, head_dim: int) -> int:
         """How many of ``head_dim`` dimensions are rotated."""
@@ -64,6 +69,7 @@ def rope_settings(config: Mapping[str, Any], layers: str | None = None) -> Rope:
             )
         values = values[layers]
     kind = values.get("rope_type") or values.get("type") or "default"
+    kind = LONG if kind == "su" else kind
     if kind not in ROPE_TYPES:
         raise UnsupportedModelError(
             f"rope type {kind!r} is not supported: known are {', '.join(ROPE_TYPES)}"
@@ -71,13 +77,14 @@ def rope_settings(config: Mapping[str, Any], layers: str | None = None) -> Rope:
     theta = _first(values.get("rope_theta"), config.get("rope_theta"), DEFAULT_THETA)
     fraction = _first(values.get("partial_rotary_factor"), config.get("partial_rotary_factor"), 1.0)
     longest = config.get("max_position_embeddings")
-    original = _first(values.get("original_max_position_embeddings"), longest, 0)
+    key = "original_max_position_embeddings"
+    original = _first(values.get(key), config.get(key), longest, 0)
     factor = values.get("factor")
-    if factor is None and kind == "yarn" and longest and original:
+    if factor is None and kind in ("yarn", LONG) and longest and original:
         factor = longest / original
     if factor is None and kind != "default":
         raise UnsupportedModelError(f"rope type {kind!r} needs a factor, and config.json has none")
-    if kind in ("llama3", "yarn") and not original:
+    if kind in ("llama3", "yarn", LONG) and not original:
         raise UnsupportedModelError(
             f"rope type {kind!r} needs original_max_position_embeddings, and config.json has none"
         )
@@ -91,18 +98,28 @@ def rope_settings(config: Mapping[str, Any], layers: str | None = None) -> Rope:
         high_freq_factor=float(_first(values.get("high_freq_factor"), 4.0)),
         beta_fast=float(values.get("beta_fast") or 32.0),
         beta_slow=float(values.get("beta_slow") or 1.0),
-        attention_factor=_attention_factor(values, scale) if kind == "yarn" else 1.0,
+        attention_factor=_attention_factor(values, kind, scale, int(original)),
         truncate=bool(_first(values.get("truncate"), True)),
         fraction=float(fraction),
+        short_factor=_factors(values, "short_factor") if kind == LONG else (),
+        long_factor=_factors(values, "long_factor") if kind == LONG else (),
     )
+
+
+def _factors(values: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    given = values.get(key)
+    if not isinstance(given, list) or not given:
+        raise UnsupportedModelError(f"rope type {LONG!r} needs a list {key}")
+    return tuple(float(factor) for factor in given)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Radians per position of each rotated pair: f64 ``[rope.dims(head_dim) / 2]``.
 
     "dynamic" stretches only beyond the trained context, which is where generation stops, so it
-    equals "default" here. llama3: Llama 3.1's smoothed split by wavelength. yarn: Peng et al.,
-    2023 (arXiv 2309.00071), with the ramp between ``beta_slow`` and ``beta_fast`` rotations.
+    equals "default" here, and longrope has its factors for contexts below that. llama3: Llama 3.1's
+    smoothed split by wavelength. yarn: Peng et al., 2023 (arXiv 2309.00071), with the ramp between
+    ``beta_slow`` and ``beta_fast`` rotations.
     """
     import numpy as np
 
@@ -110,6 +127,13 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     frequencies = rope.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
     if rope.type == "linear":
         return frequencies / rope.factor
+    if rope.type == LONG:
+        if len(rope.short_factor) != dims // 2 or len(rope.long_factor) != dims // 2:
+            raise UnsupportedModelError(
+                f"short_factor and long_factor are not {dims // 2} numbers each"
+            )
+        shortened: np.ndarray = frequencies / np.array(rope.short_factor)
+        return shortened
     if rope.type == "llama3":
         rotations = rope.original_max_position * frequencies / (2 * math.pi)
         span = rope.high_freq_factor - rope.low_freq_factor
@@ -133,10 +157,14 @@ def _yarn_dim(rope: Rope, rotations: float, dims: int) -> float:
     return dims * math.log(turns) / (2 * math.log(rope.theta))
 
 
-def _attention_factor(values: Mapping[str, Any], factor: float) -> float:
+def _attention_factor(values: Mapping[str, Any], kind: str, factor: float, original: int) -> float:
+    if kind not in ("yarn", LONG):
+        return 1.0
     given = values.get("attention_factor")
     if given is not None:
         return float(given)
+    if kind == LONG:
+        return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     mscale, all_dims = values.get("mscale"), values.get("mscale_all_dim")
     if mscale and all_dims:
         return _yarn_scale(factor, mscale) / _yarn_scale(factor, all_dims)

@@ -70,6 +70,7 @@ class ModelSpec:
       defaults that transformers has for this architecture.
     - ``settle(config)``: the config with the architecture's own keys spelled out, or
       UnsupportedModelError.
+    - ``notes(config, format)``: what to know of the model in the runtime of ``format``.
     - ``reads(metadata)``: whether a GGUF file of ``gguf_arch`` with this metadata is of this type,
       where several share the architecture.
     """
@@ -93,9 +94,14 @@ class ModelSpec:
     adopt: Callable[[Config], Config] = lambda config: config
     settle: Callable[[Config], Config] = lambda config: config
     reads: Callable[[Mapping[str, GgufValue]], bool] = lambda metadata: True
+    notes: Callable[[Config, str], list[str]] = lambda config, format: []
     experts: Experts | None = None
     #: GGUF tensors that ``config_from_gguf`` consumes.
-    gguf_only: tuple[str, ...] = ("rope_freqs.weight",)
+    gguf_only: tuple[str, ...] = (
+        "rope_freqs.weight",
+        "rope_factors_long.weight",
+        "rope_factors_short.weight",
+    )
     #: Source tensors that carry no weights (buffers) and are dropped.
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 

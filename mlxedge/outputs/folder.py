@@ -34,13 +34,16 @@ def clean_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def window_notes(spec: ModelSpec, config: dict[str, Any], runtime: str) -> list[str]:
-    """What to say of a sliding window that the ``runtime`` ("gguf", "mlx") does not have."""
+    """What to say of the model in a ``runtime`` ("gguf", "mlx"), as of a sliding window that it
+    does not have."""
+    notes = spec.notes(config, runtime)
     if (window := spec.window(config, runtime)) is None:
-        return []
+        return notes
     name = NAMES[runtime]
     return [
+        *notes,
         f"exact for contexts up to {window} tokens, which is what the file declares: {name} has "
-        "no sliding window for this architecture"
+        "no sliding window for this architecture",
     ]
 
 

@@ -139,6 +139,18 @@ SAVED: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "rope_parameters": {**LINEAR, "rope_theta": 5e5},
     },
+    "phi3": {"model_type": "phi3", "sliding_window": None},
+    "phi3-tied-half": {
+        "model_type": "phi3",
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "sliding_window": 200,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e5,
+            "partial_rotary_factor": 0.5,
+        },
+    },
     "cohere": {"model_type": "cohere", "logit_scale": 0.5},
     "cohere-qk-norm": {
         "model_type": "cohere",

@@ -15,8 +15,8 @@ from mlxedge.models import (
     spec_for,
     spec_for_gguf,
 )
-from mlxedge.models.dense import llama3_from_factors
 from mlxedge.models.rope import inverse_frequencies, rope_settings
+from mlxedge.models.rope_files import llama3_from_factors
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -125,11 +125,11 @@ def test_row_orders_undo_each_other() -> None:
 
 
 def test_unknown_architectures_say_what_is_known() -> None:
-    with pytest.raises(UnsupportedModelError, match="known: .*llama, .*mistral, .*qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"known: .*llama, .*mistral, .*qwen3"):
         spec_for({"model_type": "brontosaurus"})
     with pytest.raises(UnsupportedModelError, match="never run"):
         spec_for({"model_type": "x", "auto_map": {"AutoModel": "modeling_x.X"}})
-    with pytest.raises(UnsupportedModelError, match="known: .*llama, .*qwen2, .*qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"known: .*llama, .*qwen2, .*qwen3"):
         spec_for_gguf("bloom", {})
     # A module of the package that is no architecture must not pass for one.
     with pytest.raises(UnsupportedModelError):
