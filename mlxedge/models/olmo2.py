@@ -32,5 +32,6 @@ SPEC = Dense(
     defaults={"rms_norm_eps": 1e-5},
     head_dim_free=False,
     tied={"gguf": False},
+    reads=lambda metadata: "olmo2.attention.sliding_window" not in metadata,
     check=_check,
 ).spec()

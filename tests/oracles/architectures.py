@@ -77,6 +77,38 @@ SAVED: dict[str, dict[str, Any]] = {
         "sliding_window": 40,
     },
     "olmoe": {"model_type": "olmoe"},
+    "olmo3": {"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 40},
+    "olmo3-yarn": {
+        "model_type": "olmo3",
+        "num_hidden_layers": 3,
+        "sliding_window": 25,
+        "layer_types": [SLIDING, FULL, SLIDING],
+        "rope_parameters": {
+            FULL: YARN,
+            SLIDING: {"rope_type": "default", "rope_theta": 1e5},
+        },
+    },
+    "nemotron": {"model_type": "nemotron"},
+    "nemotron-biases-three-quarters": {
+        "model_type": "nemotron",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e4,
+            "partial_rotary_factor": 0.75,
+        },
+    },
+    "stablelm": {"model_type": "stablelm"},
+    "stablelm-biases-half": {
+        "model_type": "stablelm",
+        "use_qkv_bias": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e4,
+            "partial_rotary_factor": 0.5,
+        },
+    },
 }
 
 #: Of these mlx-lm computes GELU itself, and the model its approximation by tanh.
@@ -122,6 +154,31 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         {"gguf": "llama.cpp's exaone4 has windows with 64 layers"},
     ),
+    "olmo3-tied-biases": (
+        {
+            "model_type": "olmo3",
+            "num_hidden_layers": 4,
+            "sliding_window": 40,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+        {"gguf": "llama.cpp's olmo2 has no attention biases"},
+    ),
+    "nemotron-tied": (
+        {"model_type": "nemotron", "tie_word_embeddings": True},
+        {"gguf": "tied embeddings"},
+    ),
+    "nemotron-head-dim": (
+        {"model_type": "nemotron", "head_dim": 48},
+        {"gguf": "needs heads that add up"},
+    ),
+    "stablelm-linear": (
+        {
+            "model_type": "stablelm",
+            "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.25},
+        },
+        {"mlx": "mlx-lm's stablelm has no linear rope scaling"},
+    ),
     "olmoe-normalised": (
         {
             "model_type": "olmoe",
@@ -130,5 +187,17 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "tie_word_embeddings": True,
         },
         {"gguf": "llama.cpp's olmoe does not normalise"},
+    ),
+}
+
+#: What is not read at all: type and settings, and the reason.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "stablelm-parallel": (
+        {"model_type": "stablelm", "use_parallel_residual": True},
+        "stablelm with use_parallel_residual is not supported",
+    ),
+    "olmoe-clipped": (
+        {"model_type": "olmoe", "clip_qkv": 8.0},
+        "clip_qkv of olmoe is not supported",
     ),
 }

@@ -273,6 +273,16 @@ def test_what_no_program_of_ours_computes_is_refused(name: str, tmp_path: Path) 
         mlxedge.load(folder)
 
 
+@pytest.mark.parametrize("name", architectures.REFUSED)
+def test_what_no_program_of_ours_computes_is_refused(name: str, tmp_path: Path) -> None:
+    settings, reason = architectures.REFUSED[name]
+    folder = write_checkpoint(tmp_path / "source", **settings)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        mlxedge.convert(folder, "gguf:f32", tmp_path / "out.gguf")
+    with pytest.raises(UnsupportedModelError, match=reason):
+        mlxedge.load(folder)
+
+
 @pytest.mark.parametrize("name", PARTIAL)
 def test_what_one_runtime_cannot_compute(name: str, tmp_path: Path) -> None:
     """It is refused with the reason, and the other runtime and ours agree with transformers."""
