@@ -165,6 +165,11 @@ class ModelSpec:
                 return known.hf.format(**found), None if expert is None else int(expert)
         return name, None
 
+    def is_norm(self, hf_name: str) -> bool:
+        """Whether the tensor holds a norm's weights, also where each head has its own."""
+        found = self.to_gguf(hf_name)
+        return found is not None and found[0].endswith("_norm.weight")
+
     def is_router(self, hf_name: str) -> bool:
         """Whether the matrix chooses experts, or how much of the shared one counts."""
         return hf_name.endswith((f"{ROUTER}.weight", f"{SHARED_GATE}.weight"))

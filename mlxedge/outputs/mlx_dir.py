@@ -38,12 +38,18 @@ def plan_mlx(
     quantized = _encoding(target, dtype)
     if quantized is None:
         dtype = target.recipe
-    matrices = [name for name, source in checkpoint.tensors.items() if len(source.shape) > 1]
+    matrices = [
+        name
+        for name, source in checkpoint.tensors.items()
+        if len(source.shape) > 1 and not spec.is_norm(name)
+    ]
     notes = overrides.unmatched("mlx", matrices)
     told = _told(matrices, spec, overrides)
     tensors = []
     for name, source in checkpoint.tensors.items():
         encoding, reason = _choose(source, quantized, dtype)
+        if spec.is_norm(name):
+            encoding, reason = PLAIN[dtype], reason and f"norms stay {dtype}"
         if quantized is not None and spec.is_router(name):
             encoding, reason = _choose(source, Affine(8, 64, dtype), dtype)
             reason = reason or "routers get 8 bits"

@@ -155,7 +155,8 @@ SAVED: dict[str, dict[str, Any]] = {
     "cohere-qk-norm": {
         "model_type": "cohere",
         "use_qk_norm": True,
-        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "intermediate_size": 96,
         "num_hidden_layers": 64,
     },
