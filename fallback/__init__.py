@@ -18,7 +18,7 @@ from mlxedge.ops import check_importance
 if TYPE_CHECKING:
     import numpy as np
 
-    from mlxedge.ops import Feedback, Parts, Quality
+    from mlxedge.ops import Feedback, Fidelity, Parts, Quality
 
 #: The modules with ``encode(weights, encoding)`` and ``decode(parts, encoding)``; that of ggml's
 #: blocks takes importance too.
@@ -89,24 +89,34 @@ class NumpyOps:
         return weights
 
     def can_transcode(self, source: Encoding, target: Encoding) -> bool:
-        """Whether ``transcode`` can keep the weights of ordinary blocks of ``source``."""
+        """Whether ``transcode`` can keep codes of ``source``, if only of some blocks."""
         answer: bool = _load("transcode").can_transcode(source, target)
         return answer
 
-    def transcode(self, parts: Parts, source: Encoding, target: Encoding) -> Parts:
-        """The same weights in ``target``: decoding gives equal f32 numbers.
+    def fidelity(
+        self, source: Encoding, target: Encoding, scales: Parts | None = None
+    ) -> Fidelity | None:
+        """How ``transcode`` will keep ordinary blocks, or ``None``; see ``mlxedge.ops``."""
+        found: Fidelity | None = _load("transcode").fidelity(source, target, scales)
+        return found
 
-        Raises UnsupportedEncodingError if ``target`` cannot hold them exactly: an unknown pair, or
-        blocks so large that a bias overflows f16.
+    def transcode(
+        self, parts: Parts, source: Encoding, target: Encoding, *, rounded: bool = False
+    ) -> Parts:
+        """The same codes in ``target``: decoding gives equal f32 numbers or, if ``rounded`` allows
+        it, those of scales that were rounded once.
+
+        Raises UnsupportedEncodingError if ``target`` cannot hold them so: an unknown pair, scales
+        too large for f16, a bias where the target has none.
         """
         _check_parts(parts, source)
-        made: Parts | None = _load("transcode").transcode(parts, source, target)
-        if made is None:
+        made: tuple[Parts, Fidelity] | None = _load("transcode").transcode(parts, source, target)
+        if made is None or not (rounded or made[1] == "exact"):
             raise UnsupportedEncodingError(
-                f"{source} blocks cannot be kept exactly in {target}: "
+                f"{source} blocks cannot be kept {'' if rounded else 'exactly '}in {target}: "
                 "take f32 scales, or decode and encode again"
             )
-        return made
+        return made[0]
 
     def feedback(self, hessian: np.ndarray) -> Feedback:
         """What "best" needs, from the mean of x·xᵀ over a layer's inputs, f32 ``[cols, cols]``."""

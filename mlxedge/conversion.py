@@ -132,7 +132,7 @@ def plan_conversion(
     nothing (buffers, the second copy of a tied head). Raises UnsupportedModelError where the
     runtime of a target cannot compute this model, OutputExistsError, DiskFullError.
     """
-    from mlxedge.ops import QUALITIES, default_backend, load_ops, load_reference
+    from mlxedge.ops import QUALITIES, default_backend, load_ops
 
     if not targets:
         raise UsageError("no target: name at least one, for example --to mlx:4bit")
@@ -162,7 +162,6 @@ def plan_conversion(
     for path in paths:
         _check_apart(path, checkpoint)
     dtype = dtype or source_dtype(checkpoint)
-    transcodes = load_reference().can_transcode
     outputs: list[OutputPlan] = []
     for target, path in zip(targets, paths, strict=True):
         if target.format == "gguf":
@@ -189,7 +188,6 @@ def plan_conversion(
                     target,
                     path,
                     dtype=dtype,
-                    can_transcode=transcodes,
                     overrides=overrides,
                 )
             )
@@ -216,15 +214,10 @@ def plan_conversion(
 
 def _quantized_twice(output: OutputPlan, checkpoint: Checkpoint) -> list[str]:
     """A note where codes of the source are not kept: that costs quality, and often for nothing."""
-    kinds = sorted(
-        {
-            checkpoint.tensors[t.source].encoding.name
-            for t in output.tensors
-            if t.how == "encode"
-            and t.encoding.family != "plain"
-            and checkpoint.tensors[t.source].encoding.family != "plain"
-        }
-    )
+    sources = [checkpoint.tensors[t.source] for t in output.tensors if t.kept == "requantized"]
+    kinds = sorted({s.encoding.name for s in sources if not s.decoded})
+    if any(s.decoded for s in sources):
+        kinds.append(checkpoint.quantized or "decoded")
     if not kinds:
         return []
     return [
@@ -274,6 +267,8 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
         stat = path.stat()
         files.append({"name": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns})
     described: dict[str, Any] = {"kind": origin.kind, "path": str(origin.path), "files": files}
+    if checkpoint.quantized:
+        described["quantized"] = checkpoint.quantized
     if origin.repo:
         described |= {"repo": origin.repo, "revision": origin.revision}
     return described

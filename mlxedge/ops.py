@@ -32,6 +32,11 @@ Quality = Literal["reference", "fast", "best"]
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
 
 
+#: What becomes of weights that are quantized already: kept to the last bit; their codes kept, and
+#: scales that the target cannot hold rounded once to what it can.
+Fidelity = Literal["exact", "rounded once"]
+
+
 @dataclass(frozen=True, eq=False)
 class Feedback:
     """What error feedback knows of a layer's input; made by ``ReferenceOps.feedback``.
@@ -83,10 +88,20 @@ class ReferenceOps(Ops, Protocol):
     """The fallback, which also does what needs no speed and must be exact."""
 
     def can_transcode(self, source: Encoding, target: Encoding) -> bool:
-        """Whether the codes of ``source`` can be kept in ``target``."""
+        """Whether codes of ``source`` can be kept in ``target``, if only of some blocks."""
 
-    def transcode(self, parts: Parts, source: Encoding, target: Encoding) -> Parts:
-        """The same weights in ``target``; decoding gives bit-equal f32 values."""
+    def fidelity(
+        self, source: Encoding, target: Encoding, scales: Parts | None = None
+    ) -> Fidelity | None:
+        """How ``transcode`` keeps ordinary blocks, ``None`` if it cannot. Of affine groups their
+        ``scales`` (the parts but for the codes) decide; without them it is the worst that may be.
+        """
+
+    def transcode(
+        self, parts: Parts, source: Encoding, target: Encoding, *, rounded: bool = False
+    ) -> Parts:
+        """The same codes in ``target``; decoding gives equal f32 values or, if ``rounded`` allows
+        it, those of scales that were rounded once."""
 
     def feedback(self, hessian: np.ndarray) -> Feedback:
         """From the mean of x·xᵀ over a layer's inputs x, f32 ``[cols, cols]``.

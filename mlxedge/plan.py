@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlxedge.encodings import Encoding, Part
+from mlxedge.encodings import F32, Encoding, Part
 from mlxedge.models.spec import RowOrder
+from mlxedge.ops import Fidelity, load_reference
 from mlxedge.targets import Target
 from mlxedge.version import VERSION
 
@@ -25,8 +26,13 @@ if TYPE_CHECKING:
 
 #: "copy": the stored bytes as they are; "transcode": other bytes, the same weights; "encode".
 How = Literal["copy", "transcode", "encode"]
-#: Whether the codes of one encoding can be kept in another.
-CanTranscode = Callable[[Encoding, Encoding], bool]
+#: What becomes of weights that are quantized already: exactly the same; codes kept, or floats
+#: decoded, and only rounded to what the target holds; quantized a second time.
+Kept = Literal["exact", "rounded once", "requantized"]
+#: How an encoding would keep the codes of a source tensor, ``None`` if it cannot.
+Keeps = Callable[["SourceTensor", Encoding], Fidelity | None]
+#: Weights whose scales are looked at together.
+_SCALED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class PlannedTensor:
     shape: tuple[int, ...]
     encoding: Encoding
     how: How
+    #: ``None`` where the source is of floats.
+    kept: Kept | None = None
     rows: RowOrder = "same"
     #: What is added to the values.
     offset: float = 0.0
@@ -190,11 +198,38 @@ def place_parts(
     return places, start
 
 
-def how_to_make(source: SourceTensor, encoding: Encoding, can_transcode: bool) -> How:
+def how_to_make(
+    source: SourceTensor, encoding: Encoding, keeps: Keeps | None = None
+) -> tuple[How, Kept | None]:
     """Prefer the stored bytes, then the stored codes, then a new encoding."""
-    if source.encoding == encoding:
-        return "copy"
-    return "transcode" if can_transcode else "encode"
+    how: How = "copy" if source.encoding == encoding else "encode"
+    kept: Kept = "exact"
+    if how == "encode" and (found := keeps(source, encoding) if keeps else None):
+        how, kept = "transcode", found
+    elif how == "encode" and encoding != F32:
+        kept = "rounded once" if encoding.family == "plain" else "requantized"
+    return how, kept if source.decoded or source.encoding.family != "plain" else None
+
+
+def keeps_codes(source: SourceTensor, encoding: Encoding) -> Fidelity | None:
+    """A :data:`Keeps` that asks the fallback, and reads scales where they decide."""
+    if "plain" in (source.encoding.family, encoding.family):
+        return None
+    reference = load_reference()
+    if not reference.can_transcode(source.encoding, encoding):
+        return None
+    worst = reference.fidelity(source.encoding, encoding)
+    if worst == "exact" or source.read_scales is None:
+        return worst
+    best: Fidelity = "exact"
+    step = max(1, _SCALED_AT_ONCE // source.cols)
+    for start in range(0, source.rows, step):
+        scales = source.read_scales(start, min(start + step, source.rows))
+        found = reference.fidelity(source.encoding, encoding, scales)
+        if found is None:
+            return None
+        best = found if found == "rounded once" else best
+    return best
 
 
 def _digest(data: bytes) -> str:

@@ -5,7 +5,8 @@ A JSON file ``OUTPUT.mlxedge.json``. Schema 1: ``mlxedge`` (version), ``created`
 the Hub lists and the file was read in parts), ``output`` (target, files with bytes and
 SHA-256, bits per weight, relative error, that of outputs), ``quality``, ``calibration``,
 ``backend``, ``threads``, ``seconds``, ``calibration_seconds`` (of those), ``versions``, ``tensors``
-(name, encoding, quality, relative errors, how it was made, reason).
+(name, encoding, quality, relative errors, how it was made, reason; where the source is quantized
+already, how that was ``kept``: exactly, rounded once or requantized).
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ def write_record(
                 "source": planned[t.name].source,
                 "encoding": t.encoding,
                 "how": t.how,
+                "kept": t.kept(planned[t.name]),
                 "reason": planned[t.name].reason,
                 "quality": t.quality,
                 "relative_error": finite(t.error),

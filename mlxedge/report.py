@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlxedge.ops import Quality
-    from mlxedge.plan import OutputPlan, Plan
+    from mlxedge.plan import Kept, OutputPlan, Plan, PlannedTensor
 
 
 @dataclass
@@ -28,6 +28,11 @@ class TensorResult:
     how: str = ""
     quality: Quality = "reference"
     nonfinite: bool = False
+
+    def kept(self, planned: PlannedTensor) -> Kept | None:
+        """What became of weights that were quantized already."""
+        again = self.how == "encode" != planned.how
+        return "requantized" if again else planned.kept
 
     @property
     def error(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -167,6 +167,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
                     {"encoding": encoding, "reason": reason, "tensors": [t.name for t in tensors]}
                     for (encoding, reason), tensors in o.exceptions().items()
                 ],
+                "kept": _kept(o),
                 "notes": o.notes,
             }
             for o in plan.outputs
@@ -217,6 +218,9 @@ def _show_plan(plan: Plan, threads: int) -> None:
         for (encoding, reason), tensors in output.exceptions().items():
             names = tensors[0].name if len(tensors) == 1 else f"{len(tensors)} tensors"
             click.echo(f"  {output.target.spec}: {names} as {encoding}: {reason}")
+        if kept := _kept(output):
+            what = ", ".join(f"{len(names)} {kind}" for kind, names in kept.items())
+            click.echo(f"  {output.target.spec}: of the tensors that are quantized already: {what}")
         for note in output.notes:
             ui.warn(f"{output.target.spec}: {note}")
     click.echo(plan.guidance.sentence())
@@ -232,6 +236,17 @@ def _place(plan: Plan) -> str:
     if plan.cache_bytes:
         return f"{source['repo']} at {source['revision'][:12]}, streamed"
     return str(source["path"])
+
+
+def _kept(output: OutputPlan) -> dict[str, list[str]]:
+    """The tensors whose source is quantized already, by what becomes of it."""
+    from mlxedge.plan import Kept
+
+    found: dict[str, list[str]] = {kind: [] for kind in get_args(Kept)}
+    for tensor in output.tensors:
+        if tensor.kept:
+            found[tensor.kept].append(tensor.name)
+    return {kind: names for kind, names in found.items() if names}
 
 
 def _mix(output: OutputPlan) -> str:

@@ -20,6 +20,7 @@ from mlxedge.plan import (
     PlannedTensor,
     encodings_made,
     how_to_make,
+    keeps_codes,
     place_parts,
 )
 from mlxedge.recipes import llama_cpp
@@ -97,12 +98,14 @@ def plan_gguf(
     for hf_name, source in checkpoint.tensors.items():
         gguf_name, rows = names[hf_name]
         choice, offset_by = choices[gguf_name], spec.offset(hf_name)
+        how, kept = how_to_make(source, choice.encoding, keeps_codes)
         tensor = PlannedTensor(
             source=hf_name,
             name=gguf_name,
             shape=source.shape,
             encoding=choice.encoding,
-            how="encode" if offset_by else how_to_make(source, choice.encoding, False),
+            how="encode" if offset_by else how,
+            kept=kept,
             rows=rows,
             offset=offset_by,
             reason=choice.reason,

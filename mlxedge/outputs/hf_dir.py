@@ -27,12 +27,12 @@ def plan_hf(
     encoding = PLAIN[target.recipe]
     tensors = []
     for name, source in checkpoint.tensors.items():
-        how = how_to_make(source, encoding, False)
+        how, kept = how_to_make(source, encoding)
         first, *others = names = spec.to_stored(name, source.shape[0])
         pieces = names if others else ()
         tensors.append(
             PlannedTensor(
-                name, name if pieces else first, source.shape, encoding, how, pieces=pieces
+                name, name if pieces else first, source.shape, encoding, how, kept, pieces=pieces
             )
         )
     parameters = sum(t.size for t in checkpoint.tensors.values())

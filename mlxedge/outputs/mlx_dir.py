@@ -9,7 +9,7 @@ from mlxedge.encodings import MLX_FLOAT, PLAIN, Affine, Encoding, MlxFloat
 from mlxedge.models.spec import ModelSpec
 from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card, window_notes
 from mlxedge.outputs.safetensors_file import lay_out
-from mlxedge.plan import CanTranscode, OutputPlan, PlannedTensor, how_to_make
+from mlxedge.plan import OutputPlan, PlannedTensor, how_to_make, keeps_codes
 from mlxedge.recipes.overrides import NONE, Overrides, Role, with_scales
 from mlxedge.targets import Target
 
@@ -28,7 +28,6 @@ def plan_mlx(
     path: Path,
     *,
     dtype: str,
-    can_transcode: CanTranscode,
     overrides: Overrides = NONE,
 ) -> OutputPlan:
     """Plan one MLX folder. ``dtype`` is that of scales and of unquantized tensors.
@@ -56,9 +55,9 @@ def plan_mlx(
         if name in told:
             encoding, reason = _choose(source, with_scales(told[name], dtype), dtype)
             reason = reason or (None if encoding == quantized else "as told")
-        how = how_to_make(source, encoding, can_transcode(source.encoding, encoding))
+        how, kept = how_to_make(source, encoding, keeps_codes)
         made = spec.to_mlx(name)
-        tensors.append(PlannedTensor(name, made, source.shape, encoding, how, reason=reason))
+        tensors.append(PlannedTensor(name, made, source.shape, encoding, how, kept, reason=reason))
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "mlx"}, parameters)
 

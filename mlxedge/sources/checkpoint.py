@@ -31,12 +31,16 @@ class SourceTensor:
     is stored. ``read_rows(start, stop)`` returns the parts of rows ``start:stop`` of the tensor
     seen as ``[rows, cols]`` (all leading dimensions joined; a 1-D tensor is one row), in fresh
     memory that the caller may keep; it raises CorruptFileError if the file ends early.
+    ``read_scales``, where there is one, gives those parts alone that are not codes. ``decoded``
+    tells that the file has codes, though what is read are floats.
     """
 
     name: str
     shape: tuple[int, ...]
     encoding: Encoding
     read_rows: Callable[[int, int], Parts] = field(repr=False, compare=False)
+    read_scales: Callable[[int, int], Parts] | None = field(default=None, repr=False, compare=False)
+    decoded: bool = False
 
     @property
     def rows(self) -> int:
@@ -63,20 +67,29 @@ def stacked(name: str, tensors: Sequence[SourceTensor]) -> SourceTensor:
     """Tensors of one shape and one encoding as one: ``[len(tensors), *shape]``."""
     first = tensors[0]
 
-    def read_rows(start: int, stop: int) -> Parts:
-        import numpy as np
+    def joined(readers: Sequence[Callable[[int, int], Parts]]) -> Callable[[int, int], Parts]:
+        def read(start: int, stop: int) -> Parts:
+            import numpy as np
 
-        found = []
-        for index in range(start // first.rows, -(-stop // first.rows)):
-            base = index * first.rows
-            found.append(
-                tensors[index].read_rows(max(start - base, 0), min(stop - base, first.rows))
-            )
-        if len(found) == 1:
-            return found[0]
-        return {part: np.concatenate([one[part] for one in found]) for part in found[0]}
+            found = []
+            for index in range(start // first.rows, -(-stop // first.rows)):
+                base = index * first.rows
+                found.append(readers[index](max(start - base, 0), min(stop - base, first.rows)))
+            if len(found) == 1:
+                return found[0]
+            return {part: np.concatenate([one[part] for one in found]) for part in found[0]}
 
-    return SourceTensor(name, (len(tensors), *first.shape), first.encoding, read_rows)
+        return read
+
+    scales = [t.read_scales for t in tensors if t.read_scales is not None]
+    return SourceTensor(
+        name,
+        (len(tensors), *first.shape),
+        first.encoding,
+        joined([t.read_rows for t in tensors]),
+        joined(scales) if len(scales) == len(tensors) else None,
+        any(t.decoded for t in tensors),
+    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ entry for its path in config.json's ``quantization``, else by whether ``X.scales
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +96,16 @@ def _quantized(
                 entry.offset,
             )
 
-    def read_rows(start: int, stop: int) -> Parts:
-        return {part: file.read_rows(f"{path}.{part}", start, stop) for part, file in files.items()}
+    def reader(parts: Iterable[str]) -> Callable[[int, int], Parts]:
+        chosen = {part: files[part] for part in parts}
 
-    return SourceTensor(name, shape, encoding, read_rows)
+        def read(start: int, stop: int) -> Parts:
+            return {p: file.read_rows(f"{path}.{p}", start, stop) for p, file in chosen.items()}
+
+        return read
+
+    scales = reader(part for part in files if part != "weight")
+    return SourceTensor(name, shape, encoding, reader(files), scales)
 
 
 def _encoding(folder: Path, path: str, rule: dict[str, Any], weights: Weights) -> Affine | MlxFloat:

@@ -99,21 +99,29 @@ def test_mxfp4() -> None:
 @pytest.mark.parametrize(
     ("source", "target"),
     [
-        (GGML["q4_0"], Affine(4, 32, "bf16")),
         (GGML["q4_0"], Affine(4, 64, "f16")),
-        (GGML["q4_0"], Affine(8, 32, "f16")),
-        (GGML["q4_k"], Affine(4, 32, "f16")),
+        (GGML["q8_0"], Affine(4, 32, "f16")),
+        (GGML["q6_k"], Affine(8, 32, "f32")),
+        (GGML["q4_0"], GGML["q8_0"]),
         (GGML["q4_0"], MLX_FLOAT["mxfp4"]),
         (GGML["mxfp4"], MLX_FLOAT["nvfp4"]),
+        (MLX_FLOAT["mxfp4"], GGML["nvfp4"]),
+        (MLX_FLOAT["nvfp4"], GGML["mxfp4"]),
         (PLAIN["f16"], Affine(4, 32, "f16")),
-        (Affine(4, 32, "f16"), GGML["q4_1"]),
+        (Affine(4, 32, "f16"), GGML["q4_k"]),
+        (Affine(5, 32, "f16"), GGML["q4_1"]),
+        (Affine(6, 32, "f16"), GGML["q5_1"]),
+        (Affine(4, 32, "f16"), Affine(4, 64, "f16")),
+        (Affine(4, 32, "f16"), Affine(3, 32, "f16")),
+        (Affine(4, 32, "f16"), MLX_FLOAT["mxfp4"]),
     ],
 )
 def test_other_pairs_are_refused(source: Encoding, target: Encoding) -> None:
     assert not OPS.can_transcode(source, target)
+    assert OPS.fidelity(source, target) is None
     parts = {n: np.zeros(p.shape, _DTYPES[p.dtype]) for n, p in source.parts((2, 256)).items()}
     with pytest.raises(UnsupportedEncodingError):
-        OPS.transcode(parts, source, target)
+        OPS.transcode(parts, source, target, rounded=True)
 
 
 _DTYPES = {"u8": np.uint8, "u32": np.uint32, "f16": np.float16}

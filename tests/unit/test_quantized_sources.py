@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from oracles.quantized_folder import read_weights, write_folder
+from oracles.quantized_folder import awq_layer, awq_model, read_weights, write_folder
 from oracles.tiny import write_tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -125,37 +125,9 @@ def test_gptq_zero_points_of_zero(tmp_path: Path) -> None:
     np.testing.assert_array_equal(v1[f"{X}.weight"][1], v2[f"{X}.weight"][1])
 
 
-def awq(group: int, rows: int = 64, cols: int = 128) -> tuple[dict[str, Any], Arrays, np.ndarray]:
-    """A layer as AutoAWQ packs it (``awq/modules/linear/gemm.py``, ``from_linear``)."""
-    random, groups = rng(5), 1 if group == -1 else cols // group
-    codes = random.integers(0, 16, (rows, cols))
-    zeros = random.integers(0, 16, (rows, groups))
-    scales = random.uniform(0.001, 0.1, (rows, groups)).astype(np.float16)
-    weights = np.empty((rows, cols), np.float32)
-    for r in range(rows):
-        for c in range(cols):
-            g = c * groups // cols
-            weights[r, c] = np.float32(scales[r, g]) * np.float32(codes[r, c] - zeros[r, g])
-
-    def packed(values: np.ndarray) -> np.ndarray:
-        out = np.zeros((values.shape[0], values.shape[1] // 8), np.uint32)
-        for word in range(out.shape[1]):
-            for place, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
-                out[:, word] |= values[:, word * 8 + output].astype(np.uint32) << (4 * place)
-        return out.view(np.int32)
-
-    arrays = {
-        f"{X}.qweight": packed(codes.T),
-        f"{X}.qzeros": packed(zeros.T),
-        f"{X}.scales": scales.T,
-    }
-    rules = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}
-    return rules, arrays, weights
-
-
 @pytest.mark.parametrize("group", [32, 64, 16, -1])
 def test_awq(tmp_path: Path, group: int) -> None:
-    rules, arrays, weights = awq(group)
+    rules, arrays, weights = awq_layer(X, group)
     ((name, (encoding, got)),) = read_weights(write_folder(tmp_path, rules, arrays)).items()
     assert name == f"{X}.weight"
     assert encoding == ("f32" if group == 16 else f"affine-4bit-g{128 if group == -1 else group}")
@@ -363,7 +335,7 @@ def _state(**values: Any) -> np.ndarray:
 
 GOOD: dict[str, Callable[[], tuple[dict[str, Any], Arrays]]] = {
     "gptq": lambda: gptq(4, 32)[:2],
-    "awq": lambda: awq(32)[:2],
+    "awq": lambda: awq_layer(X, 32)[:2],
     "fp8": _fp8,
     "packed": lambda: packed()[:2],
     "modelopt": lambda: ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, modelopt()[0]),
@@ -487,44 +459,9 @@ def test_damaged_ones_are_refused(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def quantized_tiny(folder: Path) -> tuple[Path, Path]:
-    """A tiny model with AWQ layers in groups of 32, and the same one with their decoded weights."""
-    whole = write_tiny_llama(folder / "whole", dtype="f16")
-    tensors = load_file(whole / "model.safetensors")
-    stored: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if not name.endswith("_proj.weight"):
-            stored[name] = tensor
-            continue
-        rows, cols = tensor.shape
-        _, arrays, weights = awq(32, rows, cols)
-        # Scales that are powers of two keep the weights exact in f16.
-        unit = np.float32(2.0**-8)
-        scales = arrays[f"{X}.scales"].astype(np.float32)
-        ratio = weights.reshape(rows, -1, 32) / scales.T[:, :, None]
-        tensors[name] = torch.from_numpy((np.rint(ratio) * unit).reshape(rows, cols)).to(
-            torch.float16
-        )
-        arrays[f"{X}.scales"] = np.full_like(arrays[f"{X}.scales"], unit)
-        for part, array in arrays.items():
-            stem = name.removesuffix(".weight")
-            stored[part.replace(X, stem)] = torch.from_numpy(np.ascontiguousarray(array))
-    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
-    made = folder / "awq"
-    made.mkdir()
-    for file in whole.iterdir():
-        if file.name != "model.safetensors":
-            (made / file.name).write_bytes(file.read_bytes())
-    config = json.loads((made / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
-    (made / "config.json").write_text(json.dumps(config))
-    save_file(stored, made / "model.safetensors", metadata={"format": "pt"})
-    return whole, made
-
-
 def test_a_whole_model(tmp_path: Path) -> None:
     """Converted to floats, a quantized checkpoint is the model that its layers stand for."""
-    whole, made = quantized_tiny(tmp_path)
+    whole, made = awq_model(tmp_path, 2.0**-8)
     report = convert(made, ["hf:f16", "gguf:f16"], tmp_path / "out", quality="reference")
     folder = next(r.plan.path for r in report.outputs if r.plan.target.format == "hf")
     config = json.loads((folder / "config.json").read_text())

@@ -72,7 +72,7 @@ class Integers:
             scales = read_scales(start, stop)
             return {"weight": np.ascontiguousarray(self.words(start, stop)), **scales}
 
-        return SourceTensor(name, self.shape, encoding, read_rows)
+        return SourceTensor(name, self.shape, encoding, read_rows, read_scales)
 
     def _checked(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Scales and zero points as f32."""

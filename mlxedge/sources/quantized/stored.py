@@ -166,4 +166,4 @@ def decoded(
         check_rows(name, rows, start, stop)
         return {"weight": np.ascontiguousarray(read(start, stop), np.float32)}
 
-    return SourceTensor(name, shape, F32, read_rows)
+    return SourceTensor(name, shape, F32, read_rows, decoded=True)
