@@ -4,12 +4,13 @@ What is written is what llama.cpp's converter writes (conversion/base.py and Spe
 as vendored by llama-cpp-python 0.3.36), with three differences: whether BOS and EOS are added is
 always said; a SentencePiece vocabulary without its tokenizer.model gets scores in the order of its
 merges, not one score for all; and a tokenizer that no hash knows may be recognised by its rules.
-A SentencePiece unigram tokenizer is written as what it is ("t5") whatever the architecture.
+A SentencePiece unigram tokenizer is written as what it is ("t5") whatever the architecture; a BPE
+over characters that is no SentencePiece model, by the ranks of its merges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -60,6 +61,8 @@ _MORE_ROLES = {
     },
 }
 _PADDING_SCORE, _ADDED_SCORE = -10_000.0, -1_000.0
+#: The pre-tokenizer under which llama.cpp merges characters by rank, and not by score.
+_RAW = "sarvam-moe"
 _BYTES = {f"<0x{byte:02X}>": BYTE for byte in range(256)}
 
 
@@ -76,19 +79,21 @@ def to_gguf(spec: TokenizerSpec, config: Mapping[str, Any], pre: str | None = No
         return kept if pre is None else {**kept, PRE: string(_known(pre))}
     document = files.document(spec)
     settings = files.settings(spec)
-    kind = _model_kind(document)
+    kind = _model_kind(spec, document)
     tokenizer = build(document)  # refuses what does not make sense
     pieces = _pieces(spec, document, config, kind)
-    made: Metadata = {MODEL: string(kind)}
+    made: Metadata = {MODEL: string("gpt2" if kind == _RAW else kind)}
     if kind == "gpt2":
         made[PRE] = string(_pre(tokenizer, document, settings, pre))
+    elif kind == _RAW:
+        made[PRE] = string(_RAW)
     elif kind != "gemma4":
         made[PRE] = string("default")
     made[TOKENS] = array("str", [piece.text for piece in pieces])
-    if kind != "gpt2":
+    if kind not in ("gpt2", _RAW):
         made[SCORES] = array("f32", [piece.score for piece in pieces])
     made[TOKEN_TYPES] = array("i32", [piece.kind for piece in pieces])
-    if kind in ("gpt2", "gemma4"):
+    if kind in ("gpt2", "gemma4", _RAW):
         made[MERGES] = array(
             "str", [" ".join(map(_no_space, pair)) for pair in files.merge_pairs(document["model"])]
         )
@@ -108,8 +113,8 @@ def _no_space(token: str) -> str:
     return token.replace(" ", "Ġ")  # a merge is written as two words
 
 
-def _model_kind(document: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the kind of tokenizer."""
+def _model_kind(spec: TokenizerSpec, document: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the kind of tokenizer, or ``_RAW``."""
     model = document["model"]
     fallback = bool(model.get("byte_fallback"))
     if isinstance(model["vocab"], list):
@@ -117,7 +122,13 @@ def _model_kind(document: Mapping[str, Any]) -> str:
             return "t5"
     elif model.get("type", "BPE") == "BPE":
         if fallback:
-            return "gemma4" if GEMMA4_SIGN in files.vocabulary(document) else "llama"
+            if GEMMA4_SIGN in files.vocabulary(document):
+                return "gemma4"
+            pairs = set(files.merge_pairs(model))
+            if _own_pieces(spec, document) or sentencepiece.merges_everything(document, pairs):
+                return "llama"
+            _check_raw(document, pairs)
+            return _RAW
         steps = [
             *pre.flat(document.get("pre_tokenizer"), "pretokenizers"),
             *pre.flat(document.get("decoder"), "decoders"),
@@ -129,6 +140,18 @@ def _model_kind(document: Mapping[str, Any]) -> str:
         "are the tokenizers that are written to GGUF; this one is "
         f"{model.get('type')} {'with' if fallback else 'without'} byte fallback"
     )
+
+
+def _check_raw(document: Mapping[str, Any], pairs: Collection[tuple[str, str]]) -> None:
+    """Refuse a BPE over characters, with merges of its own, that llama.cpp cannot run."""
+    products = (left + right for left, right in pairs)
+    mixed = any("\n" in text and text.strip("\n") for text in products)
+    if mixed or sentencepiece.prepends_space(document):
+        raise TokenizerError(
+            "the tokenizer merges only some of the pairs whose product is a token, which "
+            "SentencePiece has no way to say; llama.cpp has one only for tokenizers that put no "
+            "space before a text and merge nothing across the end of a line"
+        )
 
 
 def _unigram(document: Mapping[str, Any]) -> Metadata:

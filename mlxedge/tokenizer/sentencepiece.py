@@ -337,3 +337,15 @@ def rename_pieces(document: Mapping[str, Any], texts: Collection[str]) -> dict[s
         for i, (text, score) in enumerate(model["vocab"])
     ]
     return {**document, "model": {**model, "vocab": vocab}}
+
+
+def merges_everything(document: Mapping[str, Any], listed: Collection[tuple[str, str]]) -> bool:
+    """Whether ``listed`` are all pairs whose product is a token, as in a SentencePiece model."""
+    added = {token["content"] for token in document["added_tokens"]}
+    plain = document["model"]["vocab"].keys() - added
+    return all(
+        (text[:cut], text[cut:]) in listed
+        for text in plain
+        for cut in range(1, len(text))
+        if text[:cut] in plain and text[cut:] in plain
+    )

@@ -86,6 +86,14 @@ def test_byte_pairs_of_characters(tmp_path: Path) -> None:
     assert load(spec).encode("a")[0] == 2
 
 
+def test_byte_pairs_of_characters_by_their_files_alone(tmp_path: Path) -> None:
+    """Merges that are no SentencePiece model's keep their ranks."""
+    files = from_gguf(raw_bpe_metadata("sarvam-moe")).files
+    rebuilt = to_gguf(TokenizerSpec(files), {})
+    assert rebuilt["tokenizer.ggml.pre"].value == "sarvam-moe"
+    assert differences(written(tmp_path, rebuilt), TokenizerSpec(files)) == []
+
+
 @pytest.mark.parametrize("space_prefix", [True, False])
 @pytest.mark.parametrize("merge_spaces", [True, False])
 def test_unigram(merge_spaces: bool, space_prefix: bool, tmp_path: Path) -> None:

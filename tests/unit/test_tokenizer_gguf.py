@@ -122,6 +122,15 @@ def test_gemma4_metadata_comes_back_from_files_alone() -> None:
     assert texts.index("</s>") not in ends
 
 
+def test_merges_that_llama_cpp_cannot_run_are_refused() -> None:
+    files = dict(from_gguf(sentencepiece_metadata()).files)
+    document = json.loads(files["tokenizer.json"])
+    del document["model"]["merges"][5]
+    files["tokenizer.json"] = json.dumps(document).encode()
+    with pytest.raises(TokenizerError, match="merges only some of the pairs"):
+        to_gguf(TokenizerSpec(files), {})
+
+
 def test_a_name_by_hand_replaces_the_files() -> None:
     spec = from_gguf(byte_level_metadata("gpt-2"))
     assert to_gguf(spec, {}, pre="falcon")[KEY + "pre"].value == "falcon"
@@ -159,7 +168,6 @@ def test_user_tokens_are_written_with_spaces() -> None:
     next(t for t in document["added_tokens"] if t["content"] == "<tool_call>")["content"] = "▁▁"
     number = document["model"]["vocab"].pop("<tool_call>")
     document["model"]["vocab"]["▁▁"] = number
-    document["model"]["merges"] = []
     files["tokenizer.json"] = json.dumps(document).encode()
     assert to_gguf(TokenizerSpec(files), {})[KEY + "tokens"].value[number] == "  "
 
