@@ -3,12 +3,13 @@ what llama-imatrix wrote."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from oracles.checkpoints import write_checkpoint
+from oracles.checkpoints import SAVED, write_checkpoint
 from oracles.gguf_models import write_gguf_model
 from oracles.tiny import SENTENCES, write_tiny_llama
 
@@ -33,13 +34,26 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1e6},
 }
 
+#: Of other wirings: norms on both sides with caps, matrices in one, none before, MLP beside.
+OTHERS = (
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "glm4-biases-three-quarters",
+    "olmo2",
+    "granite",
+    "cohere2",
+)
+
 
 def inputs_by_transformers(folder: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
     """What goes into each linear layer: f32 ``[tokens, cols]``, by its weight's name."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     seen: dict[str, list[np.ndarray]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -54,11 +68,14 @@ def inputs_by_transformers(folder: Path, ids: np.ndarray) -> dict[str, np.ndarra
     return {name: np.concatenate(parts) for name, parts in seen.items()}
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [*CHECKPOINTS, *OTHERS])
 def test_sums_and_hessians(name: str, tmp_path: Path) -> None:
-    folder = write_tiny_llama(tmp_path / "tiny", **CHECKPOINTS[name])
+    if name in CHECKPOINTS:
+        folder = write_tiny_llama(tmp_path / "tiny", **CHECKPOINTS[name])
+    else:
+        folder = write_checkpoint(tmp_path / "tiny", **SAVED[name])
     expected = inputs_by_transformers(folder, IDS)
-    if CHECKPOINTS[name].get("tied", True):
+    if json.loads((folder / "config.json").read_text("utf-8"))["tie_word_embeddings"]:
         expected["model.embed_tokens.weight"] = expected.pop("lm_head.weight")
     with open_source(folder) as opened:
         sample = Sample(IDS, "random", "", IDS.size, False)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles.checkpoints import SAVED, write_checkpoint
 from oracles.tiny import write_tiny_llama
 
 from mlxedge.encodings import F32, GGML, Affine, Encoding
@@ -104,6 +105,16 @@ def test_equals_the_whole_model(name: str, tmp_path: Path) -> None:
             found = list(runner.logits(40))
         for ours, theirs in zip(found, whole(made, IDS, 40), strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "granite", "phi3", "cohere2", "olmo2"])
+def test_equals_the_whole_model_of_other_architectures(name: str, tmp_path: Path) -> None:
+    with open_source(write_checkpoint(tmp_path / "saved", **SAVED[name])) as opened:
+        checkpoint = prepare(opened)[1]
+        with LayerRunner(checkpoint, IDS, 2) as runner:
+            found = list(runner.logits(IDS.shape[1]))
+        for one, expected in zip(found, whole(checkpoint, IDS, IDS.shape[1]), strict=True):
+            np.testing.assert_array_equal(one, expected)
 
 
 @pytest.mark.parametrize("encoding", [GGML["q4_k"], Affine(4, 64, "f16"), GGML["iq4_nl"]], ids=str)
