@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlxedge.encodings import PLAIN
 from mlxedge.errors import CorruptFileError, UnsupportedEncodingError, UnsupportedModelError
-from mlxedge.models import ModelSpec, normalise, spec_for
+from mlxedge.models import ModelSpec, known_model_types, normalise, spec_for
 
 if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
@@ -15,13 +16,15 @@ if TYPE_CHECKING:
 
 def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
     """The architecture of ``checkpoint``, and the checkpoint with its config normalised and without
-    tensors that carry nothing (buffers, the second copy of a tied head).
+    tensors that carry nothing (buffers, the second copy of a tied head), of a model that sees or
+    hears as well its language model.
 
     Raises UnsupportedModelError for an architecture that is not known or a config that makes no
     sense, UnsupportedEncodingError for weights of a type that is not read.
     """
     from mlxedge.sources.checkpoint import Tensors
 
+    checkpoint = text_part(checkpoint)
     spec = spec_for(checkpoint.config)
     config = spec.settle(normalise(checkpoint.config, checkpoint.tensors))
     kept = _canonical(spec, checkpoint)
@@ -43,6 +46,50 @@ def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
     return spec, replace(checkpoint, config=config, tensors=Tensors(kept))
 
 
+#: What the tensors of a language model are called within one that sees or hears as well.
+_WITHIN = (
+    (re.compile(r"(?:model\.)?language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"(?:model\.)?language_model\.(?:model\.)?"), "model."),
+    (re.compile(r"lm_head\."), "lm_head."),
+)
+#: Of the whole, where its language model does not say: all else in its config is not of text.
+_OF_THE_WHOLE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+_OF_THE_WHOLE += ("tie_word_embeddings", "quantization", "quantization_config")
+
+
+def text_part(checkpoint: Checkpoint) -> Checkpoint:
+    """The language model of a checkpoint that holds one beside encoders of images or sound and is
+    itself of no type that is known; any other checkpoint as it is."""
+    from mlxedge.sources.checkpoint import Tensors
+
+    config = checkpoint.config
+    text = config.get("text_config")
+    known = known_model_types()
+    if not isinstance(text, dict) or config.get("model_type") in known:
+        return checkpoint
+    if text.get("model_type") not in known:
+        return checkpoint
+    kept: dict[str, SourceTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        for pattern, prefix in _WITHIN:
+            if match := pattern.match(name):
+                own = prefix + name[match.end() :]
+                kept[own] = replace(tensor, name=own)
+                break
+    left = len(checkpoint.tensors) - len(kept)
+    note = (
+        f"the language model of this {config.get('model_type')} alone: {left} tensors of its other "
+        "parts are left out"
+    )
+    of_whole = {key: config[key] for key in _OF_THE_WHOLE if key in config}
+    return replace(
+        checkpoint,
+        config=of_whole | text,
+        tensors=Tensors(kept),
+        notes=(*checkpoint.notes, note),
+    )
+
+
 def _canonical(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     """The tensors by their canonical names, experts that are apart in the files stacked."""
     from mlxedge.sources.checkpoint import stacked
@@ -50,7 +97,7 @@ def _canonical(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, SourceTenso
     found: dict[str, SourceTensor] = {}
     experts: dict[str, dict[int, SourceTensor]] = {}
     for stored, tensor in checkpoint.tensors.items():
-        if spec.is_ignored(stored):
+        if spec.is_ignored(stored, checkpoint.config):
             continue
         name, expert = spec.canonical(stored)
         if expert is None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.models import spec_for
-from mlxedge.models.experts import ROUTER, SHARED, SHARED_GATE, STACKS, ExpertShape
+from mlxedge.models.experts import ROUTER, ROUTER_BIAS, SHARED, SHARED_GATE, STACKS, ExpertShape
 from mlxedge.models.rope import LONG, Rope, inverse_frequencies
 from mlxedge.models.wiring import Factors, Wiring, activation_of
 from mlxedge.ops import load_forward, load_reference
@@ -162,7 +162,8 @@ _MLP = {
     "plain": ("mlp.up_proj",),
 }
 _ROUTED = ((ROUTER,), STACKS[:2], STACKS[2:])
-_SHARING = ((ROUTER, SHARED_GATE, *SHARED[:2]), STACKS[:2], STACKS[2:], SHARED[2:])
+_SHARING = ((ROUTER, SHARED_GATE, *SHARED[:2]), *_ROUTED[1:], SHARED[2:])
+_SHARING_ALL = ((ROUTER, *SHARED[:2]), *_ROUTED[1:], SHARED[2:])
 
 
 def layer_groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
@@ -172,7 +173,8 @@ def layer_groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
     if experts is None or layer not in experts.layers:
         mlp: tuple[tuple[str, ...], ...] = (_MLP[wiring.mlp], ("mlp.down_proj",))
     else:
-        mlp = _SHARING if experts.shared_width else _ROUTED
+        sharing = _SHARING if experts.shared_gate else _SHARING_ALL
+        mlp = sharing if experts.shared_width else _ROUTED
     groups = (_QKV_FUSED if wiring.qkv_fused else _QKV, ("self_attn.o_proj",), *mlp)
     return [tuple(f"model.layers.{layer}.{n}.weight" for n in group) for group in groups]
 
@@ -223,7 +225,8 @@ class Graph:
         choice = tape.choice(experts.count, experts.used)
         hidden, width, shared = self.shape.hidden, experts.width, experts.shared_width
         slots = [tape.buffer(size, choice) for size in (hidden, width, width, hidden)]
-        sharing = [tape.buffer(size) for size in (1, shared, shared)] if shared else []
+        counts = [1] if experts.shared_gate else []
+        sharing = [tape.buffer(size) for size in (*counts, shared, shared)] if shared else []
         return choice, tape.buffer(experts.count), slots, sharing
 
     def embed(self) -> Any:
@@ -236,7 +239,7 @@ class Graph:
 
     def block(self, layer: int) -> None:
         """x = block ``layer`` of x."""
-        shape, tape, wiring = self.shape, self.tape, self.shape.wiring
+        shape, tape, weights, wiring = self.shape, self.tape, self.weights, self.shape.wiring
         x, h = self.x, self._h
         mixed, delta, *qkv = self._block_buffers
         block = f"model.layers.{layer}."
@@ -254,7 +257,8 @@ class Graph:
             if wiring.mlp_norm is not None:
                 seen = self._normed(block, wiring.mlp_norm, h)
         if shape.experts is not None and layer in shape.experts.layers:
-            self._mixture(shape.experts, mlp_names)
+            bias = weights.optional(f"{block}{ROUTER_BIAS}")
+            self._mixture(shape.experts, mlp_names, bias)
         else:
             gate, *up = self._dense_buffers
             self._linear(seen, mlp_names[0], [gate, *up])
@@ -310,13 +314,22 @@ class Graph:
             self._norm(delta, norm, delta)
         self.tape.add(delta, self.x, factor)
 
-    def _mixture(self, experts: ExpertShape, names: list[tuple[str, ...]]) -> None:
+    def _mixture(
+        self, experts: ExpertShape, names: list[tuple[str, ...]], bias: np.ndarray | None
+    ) -> None:
         """x += the chosen experts' output for h, and the shared expert's."""
         tape, weights, h, x = self.tape, self.weights, self._h, self.x
         choice, logits, (rows, gate, up, down), sharing = self._expert_buffers
         routers, gate_up, last, *shared_down = names
         self._linear(h, routers, [logits, *sharing])
-        tape.route(logits, choice, score=experts.score, normalise=experts.normalise)
+        tape.route(
+            logits,
+            choice,
+            score=experts.score,
+            normalise=experts.normalise,
+            scale=experts.scale,
+            bias=bias,
+        )
         tape.gather(h, choice, rows)
         for group, source, outs in ((gate_up, rows, [gate, up]), (last, gate, [down])):
             if self._tapped:
@@ -328,10 +341,11 @@ class Graph:
                 tape.gate(gate, up, self.shape.activation)
         tape.combine(down, choice, x)
         if sharing:
-            counts, gate, up = sharing
+            *counts, gate, up = sharing
             tape.gate(gate, up, self.shape.activation)
             self._tap(shared_down[0], gate)
-            tape.scale_by_sigmoid(gate, counts)
+            if counts:
+                tape.scale_by_sigmoid(gate, counts[0])
             delta = self._block_buffers[1]
             tape.linear(gate, weights.products(shared_down[0][0], gate, [delta], x))
 

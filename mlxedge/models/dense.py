@@ -66,6 +66,7 @@ class Dense:
       allows heads that do not add up to the hidden size.
     - ``keys``: further config keys that GGUF has; ``mlx``: those that mlx-lm reads under another
       name or in another form.
+      ``gguf`` gives GGUF's metadata that no config key has.
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
@@ -81,6 +82,7 @@ class Dense:
     freq_factors: bool = False
     head_dim_free: bool = True
     experts: Experts | None = None
+    drops_predicting: bool = False
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
     ropes: Callable[[Config], tuple[Rope | None, ...]] = one_rope
@@ -89,6 +91,7 @@ class Dense:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     keys: tuple[Key, ...] = ()
     mlx: Callable[[Config], Config] = lambda config: {}
+    gguf: Callable[[Config], gv.Metadata] = lambda config: {}
     windowed: Container[str] = ()
     period: int = 0
     longrope: bool = False
@@ -125,6 +128,7 @@ class Dense:
             settle=self.settle,
             reads=self.reads,
             experts=self.experts,
+            drops_predicting=self.drops_predicting,
         )
 
     def adopt(self, config: Config) -> Config:
@@ -170,7 +174,8 @@ class Dense:
         if self.experts is not None:
             keys = _expert_keys(self.experts)
             values |= {gguf_key: gv.u32(config[key]) for key, gguf_key in keys.items()}
-        return {f"{self.arch}.{k}": v for k, v in (values | rope_metadata(rope)).items()}
+        values |= rope_metadata(rope) | self.gguf(config)
+        return {f"{self.arch}.{k}": v for k, v in values.items()}
 
     @property
     def _epsilon_key(self) -> str:
@@ -298,7 +303,7 @@ def _expert_keys(experts: Experts) -> dict[str, str]:
         "num_experts_per_tok": "expert_used_count",
         experts.width: "expert_feed_forward_length",
     }
-    if experts.shared_width:
+    if experts.shared_width and experts.shared_gate:
         keys[experts.shared_width] = "expert_shared_feed_forward_length"
     return keys
 

@@ -19,6 +19,7 @@ Score = Literal["softmax", "sigmoid", "softmax_top"]
 #: The modules within a layer.
 ROUTER, SHARED_GATE = "mlp.gate", "mlp.shared_expert_gate"
 STACKS = tuple(f"mlp.experts.{part}_proj" for part in ("gate", "up", "down"))
+ROUTER_BIAS = f"{ROUTER}.e_score_correction_bias"
 SHARED = tuple(f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down"))
 
 _COUNT = ("num_experts", "num_local_experts")
@@ -28,7 +29,8 @@ _COUNT = ("num_experts", "num_local_experts")
 class ExpertShape:
     """Of one model: ``used`` of ``count`` experts of ``width`` serve a token in ``layers``;
     ``shared_width`` is that of the shared expert, 0 for none. ``normalise``: the chosen scores are
-    divided by their sum."""
+    divided by their sum, then multiplied by ``scale``; ``bias``: what is added to scores for the
+    choice alone is a tensor. ``shared_gate``: a sigmoid tells how much the shared expert counts."""
 
     count: int
     used: int
@@ -37,19 +39,27 @@ class ExpertShape:
     layers: frozenset[int]
     score: Score
     normalise: bool
+    scale: float = 1.0
+    bias: bool = False
+    shared_gate: bool = True
 
 
 @dataclass(frozen=True)
 class Experts:
     """What an architecture has: the config key of an expert's width, that of the shared expert's,
     and how the router scores. ``sparse`` tells whether ``decoder_sparse_step`` and
-    ``mlp_only_layers`` make some layers dense; ``normalise`` is a config key or always so."""
+    ``mlp_only_layers`` make some layers dense; ``normalise`` is a config key or always so,
+    ``scale`` one or none. ``plain_router``: mlx-lm has no quantized router."""
 
     width: str = "moe_intermediate_size"
     shared_width: str | None = None
     sparse: bool = True
     score: Score = "softmax"
     normalise: str | bool = "norm_topk_prob"
+    scale: str | None = None
+    bias: bool = False
+    shared_gate: bool = True
+    plain_router: bool = False
 
     def settle(self, config: dict[str, Any]) -> dict[str, Any]:
         """``config`` with the keys spelled out that are read here and by the runtimes.
@@ -105,6 +115,9 @@ class Experts:
             normalise=(
                 config[self.normalise] if isinstance(self.normalise, str) else self.normalise
             ),
+            scale=float(config[self.scale]) if self.scale else 1.0,
+            bias=self.bias,
+            shared_gate=self.shared_gate,
         )
 
     def sizes(self, config: dict[str, Any]) -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mlxedge.models.experts import ROUTER, SHARED, SHARED_GATE, STACKS, Experts
+from mlxedge.models.experts import ROUTER, ROUTER_BIAS, SHARED, SHARED_GATE, STACKS, Experts
 from mlxedge.models.spec import Config, Name, RowOrder
 from mlxedge.models.wiring import PRE_NORM, Wiring
 
@@ -135,6 +135,9 @@ def _expert_names(experts: Experts, block: str, parts: Sequence[str]) -> Iterato
         stored=own("gate"),
         mlx=own("gate"),
     )
+    if experts.bias:
+        gguf = "blk.{i}.exp_probs_b.bias"
+        yield Name(f"{_BLOCK}{ROUTER_BIAS}", gguf, ("experts",), layers=layers, exact=True)
     for stack, part, kind, shape in zip(STACKS, parts, ("gate", "up", "down"), shapes, strict=True):
         yield Name(
             f"{_BLOCK}{stack}.weight",
@@ -150,6 +153,8 @@ def _expert_names(experts: Experts, block: str, parts: Sequence[str]) -> Iterato
         wide = tuple("shared" if word == "expert" else word for word in (rows, cols))
         gguf = f"blk.{{i}}.ffn_{kind}_shexp.weight"
         yield Name(f"{_BLOCK}{shared}.weight", gguf, wide, layers=layers)
+    if not experts.shared_gate:
+        return
     gguf = "blk.{i}.ffn_gate_inp_shexp.weight"
     yield Name(f"{_BLOCK}{SHARED_GATE}.weight", gguf, ("one", "hidden"), layers=layers)
 

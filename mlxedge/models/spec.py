@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 RowOrder = Literal["same", "rope_q", "rope_k"]
 
 Config = dict[str, Any]
+#: Config keys for the number of layers that predict further tokens.
+PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Name:
     of ``ModelSpec.sizes``; ``present(config)`` tells whether a model of that config has the tensor,
     ``layers(config)`` in which layers, if not in all. ``stored`` is the name in a Hugging Face
     folder where that differs, with ``{e}`` for the expert if each is a tensor of its own; ``mlx``
-    that in an MLX folder. ``offset`` is what GGUF adds to the values.
+    that in an MLX folder. ``offset`` is what GGUF adds to the values; ``exact`` ones stay f32
+    whatever the others become.
     """
 
     hf: str
@@ -45,6 +48,7 @@ class Name:
     stored: str | None = None
     mlx: str | None = None
     offset: float = 0.0
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class ModelSpec:
     reads: Callable[[Mapping[str, GgufValue]], bool] = lambda metadata: True
     notes: Callable[[Config, str], list[str]] = lambda config, format: []
     experts: Experts | None = None
+    #: Whether layers that predict further tokens may follow the others; they are dropped.
+    drops_predicting: bool = False
     #: GGUF tensors that ``config_from_gguf`` consumes.
     gguf_only: tuple[str, ...] = (
         "rope_freqs.weight",
@@ -169,6 +175,10 @@ class ModelSpec:
         """Whether the tensor holds a norm's weights, also where each head has its own."""
         found = self.to_gguf(hf_name)
         return found is not None and found[0].endswith("_norm.weight")
+
+    def is_exact(self, hf_name: str) -> bool:
+        """Whether the tensor stays f32 whatever the others become."""
+        return any(name.exact and pattern.fullmatch(hf_name) for pattern, name in self._by_hf)
 
     def is_router(self, hf_name: str) -> bool:
         """Whether the matrix chooses experts, or how much of the shared one counts."""
@@ -251,8 +261,14 @@ class ModelSpec:
             raise CorruptFileError(path, what)
         raise UnsupportedModelError(f"{path}: {what}")
 
-    def is_ignored(self, hf_name: str) -> bool:
-        return any(re.fullmatch(pattern, hf_name) for pattern in self.ignored)
+    def is_ignored(self, hf_name: str, config: Config) -> bool:
+        """Whether a source tensor is dropped: a buffer, or of layers past the last, which predict
+        further tokens (where ``config`` says how many: ``num_nextn_predict_layers``)."""
+        if any(re.fullmatch(pattern, hf_name) for pattern in self.ignored):
+            return True
+        ahead = any(config.get(key) for key in PREDICTING) and self.drops_predicting
+        layer = re.match(r"model\.layers\.(\d+)\.", hf_name) if ahead else None
+        return layer is not None and int(layer[1]) >= config["num_hidden_layers"]
 
 
 def _count(names: list[str]) -> str:

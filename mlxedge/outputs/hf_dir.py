@@ -24,9 +24,9 @@ def plan_hf(
     path: Path,
 ) -> OutputPlan:
     """Plan one folder of ``target.recipe`` floats."""
-    encoding = PLAIN[target.recipe]
     tensors = []
     for name, source in checkpoint.tensors.items():
+        encoding = PLAIN["f32" if spec.is_exact(name) else target.recipe]
         how, kept = how_to_make(source, encoding)
         first, *others = names = spec.to_stored(name, source.shape[0])
         pieces = names if others else ()

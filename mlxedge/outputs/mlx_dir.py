@@ -52,6 +52,10 @@ def plan_mlx(
         if quantized is not None and spec.is_router(name):
             encoding, reason = _choose(source, Affine(8, 64, dtype), dtype)
             reason = reason or "routers get 8 bits"
+            if spec.experts is not None and spec.experts.plain_router:
+                encoding, reason = PLAIN[dtype], "mlx-lm has no quantized router of this kind"
+        if spec.is_exact(name):
+            encoding, reason = PLAIN["f32"], None
         if name in told:
             encoding, reason = _choose(source, with_scales(told[name], dtype), dtype)
             reason = reason or (None if encoding == quantized else "as told")

@@ -118,7 +118,7 @@ def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) ->
         ) from error
     names = {t.name for t in gguf.tensors}
     config["tie_word_embeddings"] = "output.weight" not in names
-    for key, tensor in _BIASES.items():
+    for key, tensor in _OPTIONS.items():
         if key in config:
             config[key] = tensor in names
     config["torch_dtype"] = _DTYPE_NAMES[_float_type(gguf)]
@@ -129,11 +129,12 @@ def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) ->
     return config
 
 
-#: A tensor that tells whether a model has biases, by the config keys that say so.
-_BIASES = {
+#: Config keys, each with a tensor that tells what they say.
+_OPTIONS = {
     "attention_bias": "blk.0.attn_q.bias",
     "use_qkv_bias": "blk.0.attn_q.bias",
     "mlp_bias": "blk.0.ffn_up.bias",
+    "use_qk_norm": "blk.0.attn_q_norm.weight",
 }
 _SPECIAL_IDS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",

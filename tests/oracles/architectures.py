@@ -24,6 +24,13 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 #: What an architecture needs beside the sizes, or instead of them.
 OWN: dict[str, dict[str, Any]] = {
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+    },
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 4},
 }
 SAVED: dict[str, dict[str, Any]] = {
@@ -77,6 +84,22 @@ SAVED: dict[str, dict[str, Any]] = {
         "sliding_window": 40,
     },
     "olmoe": {"model_type": "olmoe"},
+    "glm4_moe": {"model_type": "glm4_moe", "head_dim": 48, "num_hidden_layers": 3},
+    "glm4_moe-norms-biases": {
+        "model_type": "glm4_moe",
+        "head_dim": 32,
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 2,
+        "n_shared_experts": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "norm_topk_prob": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.75,
+        },
+    },
     "olmo3": {"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 40},
     "olmo3-yarn": {
         "model_type": "olmo3",
@@ -154,6 +177,14 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         {"gguf": "llama.cpp's exaone4 has windows with 64 layers"},
     ),
+    "glm4_moe-tied": (
+        {"model_type": "glm4_moe", "tie_word_embeddings": True},
+        {"mlx": "tied embeddings"},
+    ),
+    "glm4_moe-yarn": (
+        {"model_type": "glm4_moe", "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
+        {"mlx": "mlx-lm's glm4_moe has no yarn"},
+    ),
     "olmo3-tied-biases": (
         {
             "model_type": "olmo3",
@@ -195,6 +226,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stablelm-parallel": (
         {"model_type": "stablelm", "use_parallel_residual": True},
         "stablelm with use_parallel_residual is not supported",
+    ),
+    "glm4_moe-groups": (
+        {"model_type": "glm4_moe", "n_group": 2, "topk_group": 1},
+        "glm4_moe with groups of experts is not supported",
     ),
     "olmoe-clipped": (
         {"model_type": "olmoe", "clip_qkv": 8.0},

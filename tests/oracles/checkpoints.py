@@ -193,6 +193,9 @@ def write_checkpoint(
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(0.0, 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     write_tokenizer(folder, SIZES["vocab_size"])
     return folder
