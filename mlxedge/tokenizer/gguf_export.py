@@ -1,11 +1,14 @@
 """From Hugging Face's tokenizer files to a GGUF file's metadata.
 
 What is written is what llama.cpp's converter writes (conversion/base.py and SpecialVocab of gguf-py
-as vendored by llama-cpp-python 0.3.36), with three differences: whether BOS and EOS are added is
-always said; a SentencePiece vocabulary without its tokenizer.model gets scores in the order of its
-merges, not one score for all; and a tokenizer that no hash knows may be recognised by its rules.
-A SentencePiece unigram tokenizer is written as what it is ("t5") whatever the architecture; a BPE
-over characters that is no SentencePiece model, by the ranks of its merges.
+as vendored by llama-cpp-python 0.3.36), with these differences:
+
+- whether BOS and EOS are added is always said;
+- a chat_template.jinja stands above the settings, as in transformers;
+- a SentencePiece vocabulary without its tokenizer.model gets scores in the order of its merges, not
+  one score for all; a BPE over characters that is no SentencePiece model, the ranks of its merges;
+- a SentencePiece unigram tokenizer is written as one ("t5") whatever the architecture;
+- a tokenizer that no hash knows may be recognised by its rules.
 """
 
 from __future__ import annotations
