@@ -203,6 +203,7 @@ def plan_conversion(
         parallel=load_ops(backend).parallel,
     )
     for output in plan.outputs:
+        output.notes += checkpoint.notes
         output.notes += [*overrides.unused(output.target), *_quantized_twice(output, checkpoint)]
     _find_finished(plan, backend or default_backend(), allow_nan)
     for output in plan.outputs:

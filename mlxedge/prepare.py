@@ -81,10 +81,12 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
         f"the language model of this {config.get('model_type')} alone: {left} tensors of its other "
         "parts are left out"
     )
-    of_whole = {key: config[key] for key in _OF_THE_WHOLE if key in config}
+    own = {key: config[key] for key in _OF_THE_WHOLE if key in config} | text
+    if "lm_head.weight" not in kept:
+        own["tie_word_embeddings"] = True  # the whole decides, and may not say so
     return replace(
         checkpoint,
-        config=of_whole | text,
+        config=own,
         tensors=Tensors(kept),
         notes=(*checkpoint.notes, note),
     )

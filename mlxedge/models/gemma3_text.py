@@ -98,7 +98,12 @@ SPEC = Dense(
     factors=_factors,
     fixed={"attention_bias": False},
     theta=1e6,
+    # Configs within those of larger models leave out what is usual.
     defaults={
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
         "head_dim": 256,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,

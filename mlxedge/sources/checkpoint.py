@@ -155,6 +155,8 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     base_model: str | None = None
     #: How a Hugging Face checkpoint is quantized, in a few words: "gptq, 4 bits".
     quantized: str | None = None
+    #: What whoever converts it should know.
+    notes: tuple[str, ...] = ()
     #: What holds parts of files that are read over the network.
     cache: BlockCache | None = field(default=None, repr=False)
     on_close: Callable[[], None] = field(default=lambda: None, repr=False)

@@ -1,0 +1,96 @@
+"""Of a model that sees, the language model: transformers computes with the whole one on text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles.checkpoints import SIZES
+from oracles.llama_cpp import LlamaCpp
+from oracles.tiny import write_tokenizer
+from safetensors.numpy import load_file, save_file
+
+import mlxedge
+
+TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 500, 60)]
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TEXT: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 40,
+    },
+    "mistral3": {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
+}
+#: How files on the Hub call the tensors of a language model within a larger one.
+PREFIXES = {"new": "model.language_model.", "old": "language_model.model."}
+
+
+def write_model(folder: Path, kind: str, names: str) -> np.ndarray:
+    """A model, and its logits on ``TOKENS``."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    own = {"head_dim": 16} if kind == "mistral3" else {}
+    config = AutoConfig.for_model(
+        kind,
+        text_config=SIZES | TEXT[kind],
+        vision_config=VISION | own,
+        image_token_index=511,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].numpy()
+    model.save_pretrained(folder)
+    write_tokenizer(folder, SIZES["vocab_size"])
+    weights = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        prefix = next((p for p in PREFIXES.values() if name.startswith(p)), "")
+        weights[(PREFIXES[names] if prefix else "") + name.removeprefix(prefix)] = tensor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return logits
+
+
+@pytest.mark.parametrize("names", PREFIXES)
+@pytest.mark.parametrize("kind", TEXT)
+def test_logits(kind: str, names: str, tmp_path: Path) -> None:
+    import mlx.core as mx
+    from mlx_lm import load
+
+    truth = write_model(tmp_path / "source", kind, names)
+    report = mlxedge.convert(tmp_path / "source", ["gguf:f32", "mlx:f32"], tmp_path)
+    for output in report.plan.outputs:
+        assert any(f"the language model of this {kind} alone" in note for note in output.notes)
+    written = json.loads((tmp_path / "source-mlx-f32/config.json").read_text("utf-8"))
+    assert written["model_type"] == TEXT[kind]["model_type"]
+    assert "vision_config" not in written
+    mlx_lm = load(str(tmp_path / "source-mlx-f32"))[0]
+    found = [np.array(mlx_lm(mx.array([TOKENS]))[0].astype(mx.float32))]
+    with LlamaCpp(tmp_path / "source-F32.gguf", cache="f32") as model:
+        found.append(model.logits(TOKENS))
+    with mlxedge.load(tmp_path / "source", engine="numpy") as ours:
+        found.append(ours.logits(TOKENS))
+    for logits in found:
+        # llama.cpp looks gemma's GELU up in a table of f16.
+        assert np.abs(logits - truth).max() <= 1e-3 * np.abs(truth).max()
