@@ -190,6 +190,8 @@ class _Run:
                 for future in running:
                     future.result()
             except BaseException:
+                if self.checkpoint.cache is not None:
+                    self.checkpoint.cache.cancel()
                 pool.shutdown(cancel_futures=True)
                 raise
 

@@ -13,8 +13,8 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxedge.errors import CorruptFileError, DiskFullError, OutputError
@@ -23,6 +23,8 @@ from mlxedge.sources.files import RandomAccessFile
 BLOCK_BYTES = 16 << 20
 #: Blocks that are fetched at once.
 CONNECTIONS = 4
+#: Seconds between two looks at whether a block is still wanted.
+_PATIENCE = 0.25
 _HAS_PREADV = hasattr(os, "preadv")
 
 #: Yields bytes ``start:end`` of a remote file in pieces, until the event is set.
@@ -31,9 +33,9 @@ Fetch = Callable[[int, int, threading.Event], Iterator[bytes]]
 
 @dataclass(eq=False)
 class _Block:
+    fetched: Future[None] = field(default_factory=Future)
     slot: int = -1
     readers: int = 0
-    fetched: Future[None] | None = None
 
 
 class BlockCache:
@@ -83,19 +85,29 @@ class BlockCache:
             taken = min(size - at, len(buffer))
             block = self._held(file, number, last)
             try:
-                if block.fetched is not None:
-                    block.fetched.result()
+                self._await(block)
                 self._read(buffer[:taken], block.slot * size + at)
             finally:
                 with self._guard:
                     block.readers -= 1
             buffer, offset = buffer[taken:], offset + taken
 
+    def cancel(self) -> None:
+        """Let go of everyone who waits for a block, whatever the network does."""
+        self._stop.set()
+
     def close(self) -> None:
         """Stop fetching and give the disk space back."""
-        self._stop.set()
+        self.cancel()
         self._pool.shutdown(cancel_futures=True)
         self._file.close()
+
+    def _await(self, block: _Block) -> None:
+        """Raises what fetching the block did, CancelledError once nobody wants it any more."""
+        while not wait((block.fetched,), _PATIENCE).done:
+            if self._stop.is_set():
+                raise CancelledError
+        block.fetched.result()
 
     def _held(self, file: CachedFile, number: int, last: int) -> _Block:
         """A block that stays until its reader lets go of it. Those after it are begun too: up to
@@ -142,7 +154,7 @@ class BlockCache:
         """A place in the file for one more block."""
         if self.kept_bytes >= self.limit and not self._free:
             for key, old in self._blocks.items():
-                if old.readers == 0 and old.fetched is not None and old.fetched.done():
+                if old.readers == 0 and old.fetched.done():
                     del self._blocks[key]
                     return old.slot
         if self._free:

@@ -84,17 +84,19 @@ class HubPath:
                     for piece in () if why else response.iter_bytes():
                         if stop.is_set():
                             raise Cancelled(self.name)
+                        if at == end:
+                            break  # more than was asked for; else the connection is kept
                         piece = piece[: end - at]
                         at += len(piece)
                         yield piece
-                        if at == end:
-                            return
                     why = why or "the answer ended early"
             except (MlxedgeError, Cancelled):
                 raise
             except Exception as error:
                 why = self._passing(error)
                 asked_to_wait = _retry_after(error)
+            if at == end:
+                return
             failed = 0 if at > before else failed + 1
             if failed == TRIES:
                 raise NetworkError(

@@ -7,6 +7,7 @@ second origin (the "CDN") with X-Linked-Etag and X-Linked-Size. Faults are switc
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -24,6 +25,7 @@ LFS = re.compile(r".*\.(safetensors|gguf|bin|onnx|pth)")
 _PIECE = 1 << 16
 
 
+@functools.lru_cache(64)
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

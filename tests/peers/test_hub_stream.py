@@ -22,17 +22,20 @@ import mlxedge
 #: Convert with a cache that holds a layer and little more, blocks much smaller than a layer, and
 #: a journal that is kept up to date.
 CLIENT = """
-import json, sys
+import collections, json, shutil, sys
 from mlxedge import convert, errors
 from mlxedge.calibration import states
 from mlxedge.outputs import staging
 from mlxedge.sources import hub_ranges, hub_stream
 
+Usage = collections.namedtuple("Usage", "total used free")
 hub_ranges.FIRST_DELAY = 0.01
 staging.SYNC_BYTES = 1 << 16
 states.EVERY_SECONDS = 0.0
 repo, targets, out, options = json.loads(sys.argv[1])
 cache_bytes = options.pop("cache_bytes", 3 << 19)
+if free := options.pop("free", None):
+    shutil.disk_usage = lambda path: Usage(free, 0, free)
 found = {}
 try:
     with hub_stream.open_stream(repo, cache_bytes=cache_bytes, block_bytes=1 << 14) as source:
@@ -271,24 +274,30 @@ def test_a_hub_that_stays_away_and_comes_back(
 
 
 @pytest.mark.parametrize(
-    ("options", "most"), [({"calibrate": False}, 1.2), ({}, 1.5)], ids=["uncalibrated", "fast"]
+    ("options", "most", "killer"),
+    [
+        ({"calibrate": False}, 1.2, "SIGKILL"),
+        ({}, 1.5, "SIGKILL"),
+        ({"quality": "reference", "calibrate": False}, 1.2, "SIGINT"),
+    ],
+    ids=["uncalibrated", "fast", "interrupted"],
 )
 def test_a_killed_run_does_not_fetch_twice(
     hub: HubServer, program: Program, on_hub: str, folder: Path, tmp_path: Path,
-    options: dict[str, Any], most: float,
+    options: dict[str, Any], most: float, killer: str,
 ) -> None:  # fmt: skip
     """Beside what was under way: where the model is run, up to two layers of the six."""
     out, size = tmp_path / "m", (folder / WEIGHTS).stat().st_size
     hub.faults.hold[WEIGHTS] = size * 3 // 4
     command = program.command(["mlx:4bit"], out, **options)
-    killed = subprocess.Popen(command, env=program.environment(), stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen(command, env=program.environment(), stderr=subprocess.DEVNULL)
     assert hub.held.wait(60)
     journal = tmp_path / ".m.partial" / "journal.jsonl"
     while not journal.exists() or journal.read_text().count("\n") < 4 * LAYERS:
         assert killed.poll() is None
         time.sleep(0.05)
-    killed.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
-    killed.wait()
+    killed.send_signal(getattr(signal, killer, signal.SIGTERM))
+    killed.wait(60)
     assert program.weights_on_disk() == []
     first = served(hub)
     hub.served.clear()
@@ -297,6 +306,20 @@ def test_a_killed_run_does_not_fetch_twice(
     assert first + served(hub) < most * size
     mlxedge.convert(folder, "mlx:4bit", tmp_path / "local", **options)
     assert outputs(out)[WEIGHTS] == outputs(tmp_path / "local")[WEIGHTS]
+
+
+def test_disk_that_is_short(
+    hub: HubServer, program: Program, on_hub: str, folder: Path, tmp_path: Path
+) -> None:
+    """Weights on their way take what the outputs leave; for the least of it there must be room."""
+    size = mlxedge.convert(folder, "gguf:q8_0", tmp_path / "local.gguf").outputs[0].plan.nbytes
+    least = 8 << 14
+    found = program.convert(["gguf:q8_0"], tmp_path / "a.gguf", free=size + least // 2)
+    assert found["error"] == "DiskFullError"
+    assert served(hub) <= 1 << 18
+    found = program.convert(["gguf:q8_0"], tmp_path / "b.gguf", free=size + 2 * least)
+    assert "error" not in found, found
+    assert found["kept"] <= 2 * least
 
 
 @pytest.mark.parametrize(
