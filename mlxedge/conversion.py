@@ -56,6 +56,7 @@ def convert(
     calibrate: str | Path | Literal[False] | None = None,
     overrides: Overrides = NONE,
     stream: bool = False,
+    adapter: str | Path | None = None,
     progress: ProgressHook | None = None,
     calibrating: ProgressHook | None = None,
 ) -> Report:
@@ -72,13 +73,15 @@ def convert(
     wrote, and ``False`` leaves it out, which makes the quality "reference". ``overrides``
     (``mlxedge.recipes.overrides``) are types for single tensors. ``stream`` reads the weights of a
     Hub repository as they are wanted (``mlxedge.open_source``) instead of downloading them first,
-    and calibrates on the way; what is written is the same. ``progress`` is told of the
-    weights, ``calibrating`` of the model's run before or between them.
+    and calibrates on the way; what is written is the same. ``adapter`` is the folder of a LoRA that
+    is merged first (``mlxedge.sources.adapter``). ``progress`` is told of the weights,
+    ``calibrating`` of the model's run before or between them.
 
     Raises MlxedgeError and its kind; nothing is left at a final path unless it is complete.
     """
     from mlxedge.pipeline import run_plan
     from mlxedge.sources import open_source
+    from mlxedge.sources.adapter import with_adapter
 
     targets = [parse_target(t) for t in ([to] if isinstance(to, str) else to)]
     with contextlib.ExitStack() as stack:
@@ -87,6 +90,8 @@ def convert(
             opened = stack.enter_context(open_source(opened, stream=stream))
         elif stream:
             raise UsageError("an open checkpoint cannot be streamed: open it with stream=True")
+        if adapter is not None:
+            opened = stack.enter_context(with_adapter(opened, Path(adapter)))
         plan, checkpoint = plan_conversion(
             opened,
             targets,
@@ -270,6 +275,8 @@ def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
     described: dict[str, Any] = {"kind": origin.kind, "path": str(origin.path), "files": files}
     if checkpoint.quantized:
         described["quantized"] = checkpoint.quantized
+    if checkpoint.adapter:
+        described["adapter"] = checkpoint.adapter
     if origin.repo:
         described |= {"repo": origin.repo, "revision": origin.revision}
     return described

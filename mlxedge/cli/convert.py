@@ -54,6 +54,10 @@ _EPILOG = "Targets: " + " ".join(known_targets()) + "; MLX groups of 32 or 128: 
 @click.option("--stream", is_flag=True,
               help="Read a Hub repository's weights as they are wanted, and keep none: takes disk "
               "for the outputs, and for a few layers on their way.")  # fmt: skip
+@click.option(
+    "--adapter", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR",
+    help="A LoRA adapter (PEFT, safetensors) to merge into the weights on the way.",
+)  # fmt: skip
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]),
               help="Of scales and unquantized MLX tensors.  [default: the source's]")  # fmt: skip
 @click.option("--pre", help="Name of the GGUF pre-tokenizer, where it is not recognised.")
@@ -77,6 +81,7 @@ def command(
     pure: bool,
     revision: str | None,
     stream: bool,
+    adapter: Path | None,
     dtype: str | None,
     pre: str | None,
     backend: str | None,
@@ -98,6 +103,7 @@ def command(
     from mlxedge.pipeline import run_plan, worker_count
     from mlxedge.recipes.overrides import parse_overrides
     from mlxedge.sources import open_source
+    from mlxedge.sources.adapter import with_adapter
 
     targets = [parse_target(t) for t in to]
     if no_calibrate and calibrate is not None:
@@ -108,6 +114,8 @@ def command(
         opened = stack.enter_context(
             open_source(source, revision=revision, progress=downloads, warn=ui.warn, stream=stream)
         )
+        if adapter is not None:
+            opened = stack.enter_context(with_adapter(opened, adapter))
         plan, checkpoint = plan_conversion(
             opened,
             targets,
@@ -206,7 +214,9 @@ def report_json(report: Report) -> dict[str, Any]:
 def _show_plan(plan: Plan, threads: int) -> None:
     from mlxedge.cli import ui
 
-    click.echo(f"{plan.name} ({plan.source['kind']}, {_place(plan)})")
+    adapter = plan.source.get("adapter")
+    merged = f", with {adapter['name']} merged into {adapter['tensors']} tensors" if adapter else ""
+    click.echo(f"{plan.name} ({plan.source['kind']}, {_place(plan)}{merged})")
     ui.table(
         ["output", "size", "bits/weight", "tensors"],
         [

@@ -155,6 +155,8 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     base_model: str | None = None
     #: How a Hugging Face checkpoint is quantized, in a few words: "gptq, 4 bits".
     quantized: str | None = None
+    #: What was merged into the tensors (``mlxedge.sources.adapter``), for the record.
+    adapter: dict[str, Any] | None = None
     #: What whoever converts it should know.
     notes: tuple[str, ...] = ()
     #: What holds parts of files that are read over the network.
