@@ -43,6 +43,8 @@ OTHERS = (
     "olmo2",
     "granite",
     "cohere2",
+    "hunyuan_v1_dense",
+    "nemotron-biases-three-quarters",
 )
 
 
