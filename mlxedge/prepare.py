@@ -53,8 +53,16 @@ _WITHIN = (
     (re.compile(r"lm_head\."), "lm_head."),
 )
 #: Of the whole, where its language model does not say: all else in its config is not of text.
-_OF_THE_WHOLE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
-_OF_THE_WHOLE += ("tie_word_embeddings", "quantization", "quantization_config")
+_OF_THE_WHOLE = (
+    "dtype",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "quantization",
+    "quantization_config",
+)
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
@@ -73,8 +81,8 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
     for name, tensor in checkpoint.tensors.items():
         for pattern, prefix in _WITHIN:
             if match := pattern.match(name):
-                own = prefix + name[match.end() :]
-                kept[own] = replace(tensor, name=own)
+                inner = prefix + name[match.end() :]
+                kept[inner] = replace(tensor, name=inner)
                 break
     left = len(checkpoint.tensors) - len(kept)
     note = (

@@ -241,14 +241,14 @@ class Graph:
         """x = block ``layer`` of x."""
         shape, tape, weights, wiring = self.shape, self.tape, self.weights, self.shape.wiring
         x, h = self.x, self._h
-        mixed, delta, *qkv = self._block_buffers
+        mixed, _, q, k, v = self._block_buffers
         block = f"model.layers.{layer}."
         qkv_names, o_names, *mlp_names = layer_groups(shape, layer)
         seen = self._normed(block, wiring.attention_norm, h)
-        self._linear(seen, qkv_names, qkv)
-        self._attention(layer, *qkv, mixed)
+        self._linear(seen, qkv_names, [q, k, v])
+        self._attention(layer, q, k, v, mixed)
         if not wiring.parallel:
-            self._linear_onto(mixed, o_names, f"{block}{wiring.attention_out_norm}", delta)
+            self._linear_onto(mixed, o_names, block, wiring.attention_out_norm)
             seen = self._normed(block, wiring.mlp_norm, h)
         else:
             # What the MLP sees is x before attention is added.
@@ -263,7 +263,7 @@ class Graph:
             gate, *up = self._dense_buffers
             self._linear(seen, mlp_names[0], [gate, *up])
             tape.gate(gate, up[0] if up else None, shape.activation)
-            self._linear_onto(gate, mlp_names[1], f"{block}{wiring.mlp_out_norm}", delta)
+            self._linear_onto(gate, mlp_names[1], block, wiring.mlp_out_norm)
         if wiring.parallel:
             tape.add(after, x, shape.factors.residual)
 
@@ -302,16 +302,15 @@ class Graph:
             norm_last=wiring.head_norm == "last",
         )
 
-    def _linear_onto(self, x: Any, names: tuple[str, ...], norm: str, delta: Any) -> None:
-        """The stream += the factor · the norm of what x gives, where there is one."""
-        factor = self.shape.factors.residual
-        normed = f"{norm}.weight" in self.weights
-        if factor == 1.0 and not normed:
+    def _linear_onto(self, x: Any, names: tuple[str, ...], block: str, norm: str | None) -> None:
+        """The stream += the factor · the norm, where there is one, of the product of x."""
+        factor, delta = self.shape.factors.residual, self._block_buffers[1]
+        if factor == 1.0 and norm is None:
             self._linear(x, names, [delta], add_to=self.x)
             return
         self._linear(x, names, [delta])
-        if normed:
-            self._norm(delta, norm, delta)
+        if norm is not None:
+            self._norm(delta, f"{block}{norm}", delta)
         self.tape.add(delta, self.x, factor)
 
     def _mixture(

@@ -236,9 +236,9 @@ class Dense:
         if "gguf" in self.windowed:
             config |= self._windows_from_gguf(get, config["num_hidden_layers"])
         if self.experts is not None:
-            for key, gguf_key in _expert_keys(self.experts).items():
-                if (value := get(gguf_key)) is not None or key not in config:
-                    config[key] = value
+            for name, gguf_key in _expert_keys(self.experts).items():
+                if (value := get(gguf_key)) is not None or name not in config:
+                    config[name] = value
         return self.back(config | both_styles(rope), get)
 
     def _windows_from_gguf(self, get: Get, layers: int) -> Config:
