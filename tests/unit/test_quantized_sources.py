@@ -103,6 +103,19 @@ def test_gptq(tmp_path: Path, bits: int, group: int, order: bool, version: str) 
     np.testing.assert_array_equal(got, weights)
 
 
+def test_gptq_layers_with_bits_and_groups_of_their_own(tmp_path: Path) -> None:
+    rules, arrays, weights = gptq(4, 32, version="gptq_v2")
+    rules["dynamic"] = {r"+:.*down_proj": {"bits": 8, "group_size": 64}}
+    _, others, expected = gptq(8, 64, version="gptq_v2")
+    down = "model.layers.0.mlp.down_proj"
+    arrays |= {name.replace(X, down): array for name, array in others.items()}
+    found = read_weights(write_folder(tmp_path, rules, arrays))
+    assert found[f"{X}.weight"][0] == "affine-4bit-g32"
+    assert found[f"{down}.weight"][0] == "affine-8bit-g64"
+    np.testing.assert_array_equal(found[f"{X}.weight"][1], weights)
+    np.testing.assert_array_equal(found[f"{down}.weight"][1], expected)
+
+
 def test_gptq_without_an_index_and_with_f32_scales(tmp_path: Path) -> None:
     rules, arrays, weights = gptq(4, 32, dtype=np.float32)
     del arrays[f"{X}.g_idx"], rules["checkpoint_format"]
@@ -349,6 +362,7 @@ BAD: dict[str, tuple[str, Change, type[MlxedgeError], str]] = {
     "method": ("gptq", saying(quant_method="hqq\n"), U, "mlxedge reads awq"),
     "gptq-bits": ("gptq", saying(bits=5), U, "5 bits"),
     "gptq-3-bits": ("gptq", saying(bits=3), U, "gptq_v2"),
+    "gptq-rotated": ("gptq", saying(rotation="hadamard"), U, "rotated (hadamard)"),
     "gptq-no-bits": ("gptq", saying(bits=None), U, "None bits"),
     "gptq-layout": ("gptq", saying(checkpoint_format="marlin"), U, "'marlin'"),
     "gptq-group": ("gptq", saying(group_size=0), C, "group_size"),
@@ -386,6 +400,12 @@ BAD: dict[str, tuple[str, Change, type[MlxedgeError], str]] = {
     "packed-nan": ("packed", nan_in("weight_scale", (3, 1)), C, "NaN"),
     "packed-zero": ("packed", instead(weight_zero_point=np.ones((3, 2), np.int32)), C, "[2, 2]"),
     "packed-index": ("packed", instead(weight_g_idx=np.full(64, 2, np.int32)), C, "outside"),
+    "packed-rotated": (
+        "packed",
+        saying(transform_config={"config_groups": {"R1": {}}}),
+        U,
+        "transform_config",
+    ),
     "packed-sparse": (
         "packed",
         saying(sparsity_config={"format": "sparse-24-bitmask"}),

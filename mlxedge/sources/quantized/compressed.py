@@ -38,6 +38,11 @@ def read(stored: Stored, rules: dict[str, Any]) -> dict[str, SourceTensor]:
             f"{stored.folder}: its weights are stored sparse ({shown(str(sparsity['format']))}), "
             "which mlxedge does not read: start from a dense checkpoint"
         )
+    if isinstance(turned := rules.get("transform_config"), dict) and turned.get("config_groups"):
+        raise UnsupportedEncodingError(
+            f"{stored.folder}: its weights are rotated (transform_config), which mlxedge does not "
+            "undo: start from a checkpoint without transforms"
+        )
     if stored_marlin := next(stored.ending(".scale_packed", ".meta"), None):
         raise UnsupportedEncodingError(
             f"{stored.folder}: {shown(''.join(stored_marlin))} is in the marlin-24 layout, which "

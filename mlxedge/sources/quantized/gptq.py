@@ -31,7 +31,7 @@ _FORMATS = {"gptq": 1, "gptq_v2": 0}
 
 def read(stored: Stored, rules: dict[str, Any]) -> dict[str, SourceTensor]:
     """Every layer with a ``qweight``."""
-    version = rules.get("checkpoint_format") or "gptq"
+    version = rules.get("checkpoint_format") or rules.get("format") or "gptq"
     if version not in _FORMATS:
         raise UnsupportedEncodingError(
             f"{stored.folder}: GPTQ weights in the layout {shown(str(version))!r}; mlxedge reads "
@@ -42,6 +42,11 @@ def read(stored: Stored, rules: dict[str, Any]) -> dict[str, SourceTensor]:
         raise UnsupportedEncodingError(
             f"{stored.folder}: GPTQ weights of {shown(str(bits))} bits; mlxedge reads "
             f"{', '.join(map(str, BITS))}"
+        )
+    if rules.get("rotation"):
+        raise UnsupportedEncodingError(
+            f"{stored.folder}: its weights are rotated ({shown(str(rules['rotation']))}), which "
+            "mlxedge does not undo: start from the model's own weights"
         )
     if bits == 3 and version == "gptq":
         raise UnsupportedEncodingError(
@@ -54,10 +59,23 @@ def read(stored: Stored, rules: dict[str, Any]) -> dict[str, SourceTensor]:
             stored.folder / "config.json", f"group_size is {shown(str(size))}, not a size or -1"
         )
     order, offset = bool(rules.get("desc_act")), _FORMATS[version]
-    return {
-        f"{stem}.weight": _layer(stored, stem, bits, size, order, offset)
-        for stem, _ in stored.ending(".qweight")
-    }
+    made = {}
+    for stem, _ in stored.ending(".qweight"):
+        of_layer = _own(stored, stem, offset) if rules.get("dynamic") else None
+        own_bits, own_size = of_layer or (bits, size)
+        made[f"{stem}.weight"] = _layer(stored, stem, own_bits, own_size, order, offset)
+    return made
+
+
+def _own(stored: Stored, stem: str, offset: int) -> tuple[int, int] | None:
+    """Bits and group size of a layer by its arrays, where ``dynamic`` gives some layers others."""
+    codes, zeros = f"{stem}.qweight", f"{stem}.qzeros"
+    height, out = stored.take(codes, ("i32", "u32"), (None, None)).shape
+    groups, width = stored.take(zeros, ("i32", "u32"), (None, None), of=codes).shape
+    bits = width * 32 // max(out, 1)
+    if bits not in BITS or (bits == 3 and offset) or not groups:
+        return None
+    return bits, -(-height * 32 // bits // groups)
 
 
 def _layer(
