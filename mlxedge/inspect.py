@@ -247,10 +247,13 @@ def _inspect_safetensors(path: Path) -> Inspection:
 def _folder_tensors(
     folder: Path, config: dict[str, Any], weights: Weights
 ) -> tuple[str, list[TensorInfo]]:
-    """ "hf" or "mlx", and the tensors; codes, scales and biases of MLX count as one tensor."""
+    """ "hf" or "mlx", and the tensors; codes, scales and biases count as one tensor."""
     from mlxedge.sources.mlx_dir import is_mlx, mlx_tensors
+    from mlxedge.sources.quantized import quantization_rules
 
     if not is_mlx(config, weights):
+        if rules := quantization_rules(folder, config):
+            return "hf", _quantized(folder, rules, weights)
         return "hf", _entries(weights.files)
     try:
         found = mlx_tensors(folder, config, weights)
@@ -258,6 +261,33 @@ def _folder_tensors(
         # What is wrong is said by the obstacles; here the parts are listed as they are.
         return "mlx", _entries(weights.files)
     return "mlx", [TensorInfo(t.name, t.shape, t.encoding.name, t.nbytes) for t in found.values()]
+
+
+def _quantized(folder: Path, rules: dict[str, Any], weights: Weights) -> list[TensorInfo]:
+    """Matrices with the bytes of all arrays that are called after them, and what belongs to none;
+    decoded ones go by the name of their scheme."""
+    from mlxedge.sources.quantized import quantized_tensors
+
+    try:
+        found = quantized_tensors(folder, rules, weights)
+    except MlxedgeError:
+        return _entries(weights.files)  # as above
+    stems = {name.removesuffix(".weight"): name for name in found}
+    sizes = dict.fromkeys(found, 0)
+    others = []
+    for entry in (e for file in weights.files for e in file.entries.values()):
+        stem = entry.name
+        while stem and stem not in stems and stem not in found:
+            stem = stem[: max(stem.rfind("."), stem.rfind("_"), 0)]
+        if stem:
+            sizes[stems.get(stem, stem)] += entry.nbytes
+        else:
+            others.append(TensorInfo(entry.name, entry.shape, entry.dtype, entry.nbytes))
+    method = str(rules["quant_method"])
+    return [
+        TensorInfo(name, t.shape, method if t.decoded else t.encoding.name, sizes[name])
+        for name, t in found.items()
+    ] + others
 
 
 def _entries(files: Iterable[SafetensorsFile]) -> list[TensorInfo]:

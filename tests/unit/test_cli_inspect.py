@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from oracles.quantized_folder import awq_model
 from oracles.tiny import write_tiny_llama
 from safetensors.numpy import load_file, save_file
 
@@ -154,6 +155,20 @@ def test_foreign_quantization_is_listed(tiny: Path, tmp_path: Path) -> None:
          "bytes": 128},
     ]  # fmt: skip
     assert "hqq" in found["convertible"]["hf"]["reason"]
+
+
+def test_quantized_weights_count_as_what_they_stand_for(tmp_path: Path) -> None:
+    whole, quantized = awq_model(tmp_path)
+    found, expected = as_json(quantized), as_json(whole)
+    assert found["quantization"] == "awq"
+    assert found["parameters"] == expected["parameters"]
+    assert {t["name"]: t["shape"] for t in found["tensors"]} == {
+        t["name"]: t["shape"] for t in expected["tensors"]
+    }
+    layer = next(t for t in found["tensors"] if t["name"].endswith("0.mlp.up_proj.weight"))
+    assert layer["encoding"] == "affine-4bit-g32"
+    assert layer["bytes"] == 512 * 256 // 2 + 512 * 8 // 2 + 512 * 8 * 2
+    assert all(target["possible"] for target in found["convertible"].values())
 
 
 def test_weights_without_a_config(tiny: Path, tmp_path: Path) -> None:
