@@ -11,6 +11,8 @@ from mlxedge.errors import CorruptFileError, UnsupportedEncodingError, Unsupport
 from mlxedge.models import ModelSpec, known_model_types, normalise, spec_for
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
 
 
@@ -27,7 +29,11 @@ def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
     checkpoint = text_part(checkpoint)
     spec = spec_for(checkpoint.config)
     config = spec.settle(normalise(checkpoint.config, checkpoint.tensors))
-    kept = _canonical(spec, checkpoint)
+    ahead = {name for name in checkpoint.tensors if spec.predicts(name, checkpoint.config)}
+    if ahead:
+        note = f"{len(ahead)} tensors of layers that predict further tokens are left out"
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
+    kept = _canonical(spec, checkpoint, ahead)
     head, table = kept.get("lm_head.weight"), kept.get("model.embed_tokens.weight")
     if config["tie_word_embeddings"] and head is not None:
         # As in transformers 5, a head that differs is the model's own, whatever the config says.
@@ -100,14 +106,16 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def _canonical(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, SourceTensor]:
+def _canonical(
+    spec: ModelSpec, checkpoint: Checkpoint, without: Container[str]
+) -> dict[str, SourceTensor]:
     """The tensors by their canonical names, experts that are apart in the files stacked."""
     from mlxedge.sources.checkpoint import stacked
 
     found: dict[str, SourceTensor] = {}
     experts: dict[str, dict[int, SourceTensor]] = {}
     for stored, tensor in checkpoint.tensors.items():
-        if spec.is_ignored(stored, checkpoint.config):
+        if stored in without or spec.is_ignored(stored):
             continue
         name, expert = spec.canonical(stored)
         if expert is None:

@@ -261,11 +261,12 @@ class ModelSpec:
             raise CorruptFileError(path, what)
         raise UnsupportedModelError(f"{path}: {what}")
 
-    def is_ignored(self, hf_name: str, config: Config) -> bool:
-        """Whether a source tensor is dropped: a buffer, or of layers past the last, which predict
-        further tokens (where ``config`` says how many: ``num_nextn_predict_layers``)."""
-        if any(re.fullmatch(pattern, hf_name) for pattern in self.ignored):
-            return True
+    def is_ignored(self, hf_name: str) -> bool:
+        return any(re.fullmatch(pattern, hf_name) for pattern in self.ignored)
+
+    def predicts(self, hf_name: str, config: Config) -> bool:
+        """Whether a source tensor is of layers past the last, which predict further tokens and are
+        dropped; ``config`` says that there are some (``PREDICTING``)."""
         ahead = any(config.get(key) for key in PREDICTING) and self.drops_predicting
         layer = re.match(r"model\.layers\.(\d+)\.", hf_name) if ahead else None
         return layer is not None and int(layer[1]) >= config["num_hidden_layers"]

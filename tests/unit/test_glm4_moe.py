@@ -11,7 +11,10 @@ from oracles.checkpoints import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import mlxedge
+from mlxedge.conversion import plan_conversion
 from mlxedge.errors import UnsupportedModelError
+from mlxedge.sources import open_source
+from mlxedge.targets import parse_target
 
 LAYERS = 3
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -60,7 +63,11 @@ def ahead(model: Path, folder: Path, count: int) -> Path:
 
 
 def test_layers_that_predict_further_tokens_are_left_out(model: Path, tmp_path: Path) -> None:
-    mlxedge.convert(ahead(model, tmp_path / "model", 1), "mlx:f32", tmp_path / "out")
+    folder = ahead(model, tmp_path / "model", 1)
+    with open_source(folder) as source:
+        plan, _ = plan_conversion(source, [parse_target("mlx:f32")], tmp_path / "planned")
+    assert any("predict further tokens are left out" in note for note in plan.outputs[0].notes)
+    mlxedge.convert(folder, "mlx:f32", tmp_path / "out")
     mlxedge.convert(model, "mlx:f32", tmp_path / "plain")
     made, plain = (load_file(tmp_path / f"{n}/model.safetensors") for n in ("out", "plain"))
     assert made.keys() == plain.keys()
