@@ -200,8 +200,8 @@ def edit_config(folder: Path, **values: object) -> None:
 
 def test_unknown_settings_are_refused(tmp_path: Path) -> None:
     folder = write_tiny_llama(tmp_path / "tiny")
-    edit_config(folder, hidden_act="gelu")
-    with pytest.raises(UnsupportedModelError, match="gelu"):
+    edit_config(folder, hidden_act="mish")
+    with pytest.raises(UnsupportedModelError, match="mish"):
         mlxedge.load(folder, engine="numpy")
     edit_config(folder, hidden_act="silu", rope_scaling={"rope_type": "longrope", "factor": 2.0})
     with pytest.raises(UnsupportedModelError, match="longrope"):
@@ -218,14 +218,14 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> Non
         mlxedge.load(folder, engine="numpy")
 
 
-@pytest.mark.parametrize("model_type", ["granite", "foo"])
+@pytest.mark.parametrize("model_type", ["bloom", "foo"])
 def test_an_architecture_that_is_not_known_is_not_run_as_llama(
     tmp_path: Path, model_type: str
 ) -> None:
     """Its tensors may be called like llama's and mean something else."""
     folder = write_tiny_llama(tmp_path / "tiny")
     edit_config(folder, model_type=model_type)
-    with pytest.raises(UnsupportedModelError, match=f"{model_type}.*known: llama"):
+    with pytest.raises(UnsupportedModelError, match=f"{model_type}.*known: .*llama"):
         mlxedge.load(folder, engine="numpy")
 
 

@@ -200,7 +200,7 @@ BAD: dict[str, tuple[Callable[[gguf.GGUFWriter], Any], type[MlxedgeError], str]]
     "unknown-arch": (
         _instead("general.architecture", "gpt5", STRING),
         UnsupportedModelError,
-        "'gpt5' is not supported; known: llama",
+        "'gpt5' is not supported; known: ",
     ),
     "no-heads": (_without("llama.attention.head_count"), UnsupportedModelError, "head_count"),
     "heads-text": (
