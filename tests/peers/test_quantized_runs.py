@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from oracles.checkpoints import SAVED, write_checkpoint
 from oracles.llama_cpp import LlamaCpp
+from oracles.llama_quantize import types
 
 import mlxedge
+from mlxedge.sources.gguf import read_gguf
+
+#: Matrices of other kinds than llama's, or in one.
+OTHERS = ("phi3", "gemma3_text", "glm4", "cohere-qk-norm", "starcoder2", "nemotron", "stablelm")
+#: Number, as llama-quantize counts.
+RECIPES = {"q2_k": 10, "q3_k_m": 12, "q4_k_m": 15, "q5_k_m": 17, "iq4_xs": 30}
 
 TOKENS = [int(t) for t in np.random.default_rng(2).integers(3, 512, 40)]
 
@@ -31,3 +38,16 @@ def test_quantized_models_run(name: str, tmp_path: Path) -> None:
         assert np.isfinite(logits).all()
         # A random model's weights say more in four bits than chance does.
         assert np.corrcoef(logits.ravel(), truth.ravel())[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("name", [n for n in OTHERS if n in SAVED])
+def test_types_equal_llama_quantizes(name: str, tmp_path: Path) -> None:
+    settings = SAVED[name] | {"hidden_size": 256, "intermediate_size": 256}
+    layers = max(9, settings.get("num_hidden_layers", 0))
+    folder = write_checkpoint(tmp_path / "source", **settings | {"num_hidden_layers": layers})
+    source = tmp_path / "source-F32.gguf"
+    targets = ["gguf:f32", *(f"gguf:{recipe}" for recipe in RECIPES)]
+    mlxedge.convert(folder, targets, tmp_path, quality="reference", calibrate=False)
+    for recipe, number in RECIPES.items():
+        made = read_gguf(tmp_path / f"source-{recipe.upper()}.gguf").tensors
+        assert {t.name: t.encoding.name for t in made} == types(source, number), recipe
