@@ -92,7 +92,7 @@ def test_a_kernel_is_compiled_once() -> None:
 def run(tape: Tape, start: Any, result: Any, tokens: list[int], threads: int) -> np.ndarray:
     team = Team(threads)
     cache = Cache(tape, 1, 64)
-    runner = Runner(tape, team, start, result, np.ones(1), 1.0, rows=64)
+    runner = Runner(tape, team, start, result, [(np.ones(1), 1.0)], rows=64)
     try:
         return runner.run(np.array(tokens, np.int64), 0, cache, len(tokens))
     finally:
@@ -207,7 +207,7 @@ def test_attention_steps(heads: int, kv_heads: int, size: int, window: int) -> N
 
     frequencies = 100.0 ** -(np.arange(0, size, 2) / size)
     team = Team(2)
-    runner = Runner(tape, team, mixed, y, frequencies, 1.0, rows=256)
+    runner = Runner(tape, team, mixed, y, [(frequencies, 1.0)], rows=256)
     cache = Cache(tape, kv_heads, 2048)
     found = []
     for piece in pieces:
@@ -245,7 +245,7 @@ def test_a_pass_may_come_from_several_threads() -> None:
     tape.head()
     tape.linear(x, [Product(Matrix({"weight": weights}, PLAIN["f32"], 100, 64), y)])
     team = Team(2)
-    runner = Runner(tape, team, x, y, np.ones(1), 1.0, rows=8)
+    runner = Runner(tape, team, x, y, [(np.ones(1), 1.0)], rows=8)
 
     def one(token: int) -> np.ndarray:
         return runner.run(np.array([token]), 0, Cache(tape, 1, 64), 1)[0]

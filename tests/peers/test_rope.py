@@ -81,7 +81,8 @@ def test_a_fraction_of_each_head_may_turn() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope' is not supported"),
+        ({"rope_scaling": {"type": "mystery", "factor": 2.0}}, "'mystery' is not supported"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "original_max_position"),
         ({"rope_scaling": {"type": "linear"}}, "needs a factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "original_max_position"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ by layer"),
