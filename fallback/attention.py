@@ -2,7 +2,7 @@
 
 The cache of a layer holds keys as ``[kv_heads, capacity / 16, head_dim, 16]`` (sixteen positions to
 a vector, so that scores need no sum across lanes) and values as
-``[kv_heads, capacity, padded head_dim]``, both f32; ``capacity`` is a multiple of ``SPAN``.
+``[kv_heads, capacity, padded value_dim]``, both f32; ``capacity`` is a multiple of ``SPAN``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from mlxedge.fallback.tiles import (
     outer_4x1,
     outer_4x4,
     total,
-    zeros,
 )
 
 #: Positions that are scored together.
@@ -51,9 +50,9 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 #: Fields of the steps of this module, after the function's address.
 (
-    NUMBER, Q, K, V, OUT, LAYER, HEADS, KV_HEADS, HEAD_DIM, ROTATED, Q_NORM, K_NORM, EPSILON,
-    SCALE, WINDOW, CAP, ROPE, NEIGHBOURS, NORM, NORM_ROW,
-) = (8 * i for i in range(1, 21))  # fmt: skip
+    NUMBER, Q, K, V, OUT, SLOT, HEADS, KV_HEADS, HEAD_DIM, ROTATED, Q_NORM, K_NORM, EPSILON,
+    SCALE, WINDOW, CAP, ROPE, NEIGHBOURS, NORM, NORM_ROW, VALUE_DIM, ROTATED_FROM, SINKS, KEPT,
+) = (8 * i for i in range(1, 25))  # fmt: skip
 #: What the field NORM adds up: LayerNorm instead of RMSNorm, and after the rotation.
 LAYER_NORM, NORM_LAST = 1, 2
 
@@ -94,18 +93,19 @@ def _place(p: int, weight: int, step: int, cos: int, sin: int) -> None:
     size, half, kind = get_i64(step + HEAD_DIM), get_i64(step + ROTATED) // 2, get_i64(step + NORM)
     if weight != 0 and kind < NORM_LAST:
         _normalise(p, weight, size, get_f32(step + EPSILON), kind)
-    _rotate(p, cos, sin, half, get_i64(step + NEIGHBOURS))
+    _rotate(p + get_i64(step + ROTATED_FROM), cos, sin, half, get_i64(step + NEIGHBOURS))
     if weight != 0 and kind >= NORM_LAST:
         _normalise(p, weight, size, get_f32(step + EPSILON), kind)
 
 
 def _keep(step: int, frame: int, thread: int) -> None:
-    """Normalise and rotate q and k, and put k and v into the cache."""
-    heads, kv_heads = get_i64(step + HEADS), get_i64(step + KV_HEADS)
+    """Normalise and rotate q and k, and put k and v into the cache, if this layer has its own."""
+    heads, kv_heads = get_i64(step + HEADS), get_i64(step + KEPT)
     size, half = get_i64(step + HEAD_DIM), get_i64(step + ROTATED) // 2
-    padded = (size + 15) // 16 * 16
+    value_size = get_i64(step + VALUE_DIM)
+    padded = (value_size + 15) // 16 * 16
     capacity = get_i64(frame + CAPACITY)
-    table = get_i64(frame + KV) + 16 * get_i64(step + LAYER)
+    table = get_i64(frame + KV) + 16 * get_i64(step + SLOT)
     keys, values = get_i64(table), get_i64(table + 8)
     q_norm, k_norm = get_i64(step + Q_NORM), get_i64(step + K_NORM)
     norm_row = get_i64(step + NORM_ROW)
@@ -132,22 +132,26 @@ def _keep(step: int, frame: int, thread: int) -> None:
         else:
             h -= heads + kv_heads
             buffer = frame + get_i64(step + V)
-            p = get_i64(buffer + BUFFER) + i * get_i64(buffer + BUFFER_ROW) + 4 * size * h
+            p = get_i64(buffer + BUFFER) + i * get_i64(buffer + BUFFER_ROW) + 4 * value_size * h
             out = values + 4 * padded * (h * capacity + position)
-            for d in range(size):
+            for d in range(value_size):
                 put_f32(out + 4 * d, get_f32(p + 4 * d))
 
 
 @inline
-def _softmax(scores: int, low: int, stop: int, first: int, last: int, scale: float) -> float:
-    """Turn scores of positions ``low`` to ``stop`` into e^(scale · (score - max)), the others from
-    ``first`` to ``last`` (multiples of 16) into 0; gives one over the sum."""
+def _softmax(
+    scores: int, low: int, stop: int, first: int, last: int, scale: float, sink: float
+) -> float:
+    """Turn scores of positions ``low`` to ``stop`` into e^(scale · score - max), the others from
+    ``first`` to ``last`` (multiples of 16) into 0; gives one over the sum, to which a ``sink`` adds
+    what attends to nothing."""
     top = spread(_LOW)
     for p in range(first, last, 16):
         v = keep_lanes(load_f32(scores + 4 * p), low - p, stop - p, _LOW)
         top = where(v > top, v, top)
-    most = spread(highest(top) * scale)
-    sums = zeros()
+    highest_score = highest(top) * scale
+    most = spread(sink if sink > highest_score else highest_score)
+    sums = keep_lanes(exp(spread(sink) - most), 0, 1, _ZERO)
     for p in range(first, last, 16):
         v = exp(load_f32(scores + 4 * p) * scale - most)
         v = keep_lanes(v, low - p, stop - p, _ZERO)
@@ -169,9 +173,10 @@ def _attend(step: int, frame: int, thread: int) -> None:
     share a head of the cache: neighbouring positions, or the heads of a group at one position."""
     heads, kv_heads = get_i64(step + HEADS), get_i64(step + KV_HEADS)
     size, window = get_i64(step + HEAD_DIM), get_i64(step + WINDOW)
-    padded, group = (size + 15) // 16 * 16, heads // kv_heads
+    value_size, sinks = get_i64(step + VALUE_DIM), get_i64(step + SINKS)
+    padded, group = (value_size + 15) // 16 * 16, heads // kv_heads
     capacity = get_i64(frame + CAPACITY)
-    table = get_i64(frame + KV) + 16 * get_i64(step + LAYER)
+    table = get_i64(frame + KV) + 16 * get_i64(step + SLOT)
     keys, values = get_i64(table), get_i64(table + 8)
     n, start, scale = get_i64(frame + N), get_i64(frame + START), get_f32(step + SCALE)
     cap = get_f32(step + CAP)
@@ -200,14 +205,14 @@ def _attend(step: int, frame: int, thread: int) -> None:
             i, head = (tiles - 1 - unit // heads) * _ROWS, unit % heads
             rows = min(_ROWS, n - i)
             from_q, a_row, to_row = q + i * q_row + 4 * size * head, q_row, out_row
-            to_out = out + i * out_row + 4 * size * head
+            to_out = out + i * out_row + 4 * value_size * head
             position, stride = start + i, 1
         else:
             i, head = unit // (kv_heads * tiles), unit // tiles % kv_heads * group
             head += unit % tiles * _ROWS
             rows = min(_ROWS, (head // group + 1) * group - head)
-            from_q, a_row, to_row = q + i * q_row + 4 * size * head, 4 * size, 4 * size
-            to_out = out + i * out_row + 4 * size * head
+            from_q, a_row, to_row = q + i * q_row + 4 * size * head, 4 * size, 4 * value_size
+            to_out = out + i * out_row + 4 * value_size * head
             position, stride = start + i, 0
         stop = position + stride * (rows - 1) + 1
         low = max(0, position + 1 - window) if window > 0 else 0
@@ -229,7 +234,10 @@ def _attend(step: int, frame: int, thread: int) -> None:
             if cap > _ZERO:
                 _cap(row, first, last, scale, cap)
                 factor = _ONE
-            weight = _softmax(row, low, here + 1, first, last, factor)
+            sink = _LOW
+            if sinks != 0:
+                sink = get_f32(sinks + 4 * (head + (1 - stride) * r))
+            weight = _softmax(row, low, here + 1, first, last, factor, sink)
             put_f32(mixed + _ROWS * mixed_row + 4 * r, weight)
         d = 0
         while d < padded:
@@ -248,15 +256,15 @@ def _attend(step: int, frame: int, thread: int) -> None:
                 d += 16
         for r in range(rows):
             weight = get_f32(mixed + _ROWS * mixed_row + 4 * r)
-            for d in range(size):
+            for d in range(value_size):
                 put_f32(
                     to_out + r * to_row + 4 * d, get_f32(mixed + r * mixed_row + 4 * d) * weight
                 )
 
 
-def scratch_bytes(capacity: int, head_dim: int) -> int:
+def scratch_bytes(capacity: int, value_dim: int) -> int:
     """What one thread needs for a tile."""
-    return 4 * _ROWS * (capacity + (head_dim + 15) // 16 * 16 + 1)
+    return 4 * _ROWS * (capacity + (value_dim + 15) // 16 * 16 + 1)
 
 
 @cache

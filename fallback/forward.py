@@ -12,7 +12,17 @@ from mlxedge.fallback import frame as fr
 from mlxedge.fallback.experts import Choice, ExpertProduct
 from mlxedge.fallback.lanes import LANES
 from mlxedge.fallback.linear import Matrix
-from mlxedge.fallback.tape import Arrays, Buffer, Product, Segment, Tape, Watch, aligned
+from mlxedge.fallback.tape import (
+    Arrays,
+    Buffer,
+    KeyValues,
+    Product,
+    Segment,
+    State,
+    Tape,
+    Watch,
+    aligned,
+)
 from mlxedge.fallback.team import Team, available_threads
 
 __all__ = [
@@ -31,13 +41,21 @@ __all__ = [
 
 
 class Cache:
-    """Keys and values of the positions so far; grows as positions come (see attention's layout)."""
+    """What the slots of a tape hold of one sequence: keys and values of the positions so far, which
+    grow as positions come (see attention's layout), and the states of recurrent layers."""
 
-    def __init__(self, tape: Tape, kv_heads: int, limit: int) -> None:
+    def __init__(self, tape: Tape, limit: int) -> None:
         self.capacity, self.limit = 0, limit
-        self._layers, self._heads, self._size = tape.layers, kv_heads, tape.head_dim
-        self._arrays: list[list[np.ndarray]] = []
-        self.addresses = np.zeros((tape.layers, 2), np.int64)
+        self._slots = tape.slots
+        self._arrays: list[list[np.ndarray]] = [[] for _ in tape.slots]
+        self.addresses = np.zeros((len(tape.slots), 2), np.int64)
+        for number, slot in enumerate(tape.slots):
+            if isinstance(slot, State):
+                self._hold(number, [aligned((slot.cells,))])
+
+    def _hold(self, number: int, arrays: list[np.ndarray]) -> None:
+        self._arrays[number] = arrays
+        self.addresses[number, : len(arrays)] = [a.ctypes.data for a in arrays]
 
     @property
     def nbytes(self) -> int:
@@ -49,18 +67,17 @@ class Cache:
             return
         wanted = max(positions, min(self.capacity * 3 // 2, self.limit))
         capacity = -(-wanted // _GROWTH) * _GROWTH
-        padded = -(-self._size // LANES) * LANES
         old = self.capacity
-        for layer in range(self._layers):
-            keys = aligned((self._heads, capacity // LANES, self._size, LANES))
-            values = aligned((self._heads, capacity, padded))
+        for number, slot in enumerate(self._slots):
+            if not isinstance(slot, KeyValues):
+                continue
+            padded = -(-slot.value_dim // LANES) * LANES
+            keys = aligned((slot.heads, capacity // LANES, slot.key_dim, LANES))
+            values = aligned((slot.heads, capacity, padded))
             if old:
-                keys[:, : old // LANES] = self._arrays[layer][0]
-                values[:, :old] = self._arrays[layer][1]
-                self._arrays[layer] = [keys, values]
-            else:
-                self._arrays.append([keys, values])
-            self.addresses[layer] = keys.ctypes.data, values.ctypes.data
+                keys[:, : old // LANES] = self._arrays[number][0]
+                values[:, :old] = self._arrays[number][1]
+            self._hold(number, [keys, values])
         self.capacity = capacity
 
 
@@ -85,7 +102,7 @@ class Runner:
         self._body, self._tail = tape.segments()
         self._ropes, self._rotated = ropes, 0
         self._tables: list[np.ndarray] = []
-        self._table_addresses = np.zeros((len(ropes), 2), np.int64)
+        self._table_addresses = np.zeros((max(1, len(ropes)), 2), np.int64)
         self._scratch = np.zeros(0, np.uint8)
         self._lock = threading.Lock()
         # A tile reads whole rows of positions and of heads beyond the last.

@@ -20,7 +20,7 @@ THREADS, BARRIER, COUNTERS, YIELD = 0, 8, 16, 24
 TEAM_FIELDS = 4
 
 #: The pass: how many positions and the first of them; the addresses of their token ids (int64), of
-#: the cache (per layer the addresses of keys and values) with its capacity in positions, of the
+#: the cache (per slot the addresses of keys and values, or of a state) with its capacity, of the
 #: rotary tables (per rope the addresses of cosines and sines, f32 [position, pairs]); scratch
 #: memory with its bytes per thread.
 N, START, TOKENS, KV, CAPACITY, ROPES, SCRATCH, SCRATCH_BYTES = (8 * i for i in range(4, 12))

@@ -76,6 +76,23 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class KeyValues:
+    """What a layer of attention keeps of each position: keys and values of its own heads."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class State:
+    """What a recurrent layer keeps of all positions so far: ``cells`` f32. It is meaningless at
+    position 0, where a step has to begin with its own."""
+
+    cells: int
+
+
+@dataclass(frozen=True)
 class Tap:
     """A place where the activations in a buffer can be looked at, under a name of their own."""
 
@@ -143,8 +160,8 @@ class Tape:
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
         self.choices: list[Choice] = []
-        self.layers = 0
-        self.head_dim = 0
+        #: What is kept between passes, by layer.
+        self.slots: list[KeyValues | State] = []
         self._steps: list[list[int]] = []
         self._hosted: dict[int, list[Hosted]] = {}
         self._kept: list[Any] = []
@@ -154,6 +171,11 @@ class Tape:
     @property
     def length(self) -> int:
         return len(self._steps)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether something is kept that cannot be taken back to an earlier position."""
+        return any(isinstance(slot, State) for slot in self.slots)
 
     @property
     def places(self) -> int:
@@ -362,26 +384,46 @@ class Tape:
         neighbours: bool = False,
         centred: bool = False,
         norm_last: bool = False,
-    ) -> None:
-        """out = attention of the rotated ``q`` to everything in the cache of a new layer.
+        value_dim: int | None = None,
+        rotated_from: int = 0,
+        sinks: np.ndarray | None = None,
+        slot: int | None = None,
+    ) -> int:
+        """out = attention of the rotated ``q`` to everything in the cache of a new layer, whose
+        slot is returned; or to that of an earlier one, its ``slot``, where ``k`` and ``v`` are not
+        looked at.
 
         ``rotated`` dimensions of each head are turned by the runner's rotary embedding number
-        ``rope``, the first half of them against the second, or ``neighbours`` against each other.
+        ``rope``, the first half of them against the second, or ``neighbours`` against each other;
+        they begin at ``rotated_from``. Heads of ``v`` have ``value_dim``, by default ``head_dim``.
         ``q_norm`` and ``k_norm`` may be absent: the weights of an RMSNorm over a head, or of a
         LayerNorm if ``centred``, before the rotation, or after it if ``norm_last``; of one head
         for all, or of each. A ``window`` > 0 hides all but that many last positions, and a ``cap``
-        > 0 makes scores cap · tanh(score / cap).
+        > 0 makes scores cap · tanh(score / cap). ``sinks`` f32 ``[heads]`` are scores of nothing,
+        which take their share of the softmax.
         """
-        shared = [q.offset, k.offset, v.offset, out.offset, self.layers, heads, kv_heads, head_dim]
+        value_dim = head_dim if value_dim is None else value_dim
+        kept = slot is None
+        if slot is None:
+            slot = self._slot(KeyValues(kv_heads, head_dim, value_dim))
+        shared = [q.offset, k.offset, v.offset, out.offset, slot, heads, kv_heads, head_dim]
         shared += [rotated, self._vector(q_norm), self._vector(k_norm)]
         kind = attention.LAYER_NORM * centred + attention.NORM_LAST * norm_last
         apart = q_norm is not None and q_norm.size > head_dim
         shared += [_bits(epsilon), _bits(scale), window, _bits(cap), rope, int(neighbours), kind]
         shared.append(4 * head_dim if apart else 0)
+        shared += [value_dim, 4 * rotated_from, self._vector(sinks), kv_heads if kept else 0]
         self._record(attention.keep_kernel(), len(self._steps), *shared)
         self._record(attention.attend_kernel(), len(self._steps), *shared)
-        self.layers += 1
-        self.head_dim = max(self.head_dim, head_dim)
+        return slot
+
+    def state(self, cells: int) -> int:
+        """The slot of a new recurrent layer, which keeps ``cells`` f32."""
+        return self._slot(State(cells))
+
+    def _slot(self, slot: KeyValues | State) -> int:
+        self.slots.append(slot)
+        return len(self.slots) - 1
 
     def head(self) -> None:
         """What follows is for the positions whose result is asked for only."""
@@ -408,7 +450,8 @@ class Tape:
 
     def scratch_bytes(self, capacity: int) -> int:
         """What one thread needs, for a cache of ``capacity`` positions."""
-        return max(self._scratch, attention.scratch_bytes(capacity, self.head_dim))
+        widest = max((s.value_dim for s in self.slots if isinstance(s, KeyValues)), default=0)
+        return max(self._scratch, attention.scratch_bytes(capacity, widest))
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,7 @@ def plan_guidance(
 def _by_default(checkpoint: Checkpoint, quality: Quality) -> Guidance:
     """A short calibration, as well as it can be done; for "best" it must be possible."""
     from mlxedge.calibration.texts import random_sample, sample
-    from mlxedge.models.decoder import shape_of
+    from mlxedge.models.shape import shape_of
 
     if quality == "reference":
         return Guidance()

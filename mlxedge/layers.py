@@ -25,7 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxedge.errors import BadWeightsError, DiskFullError, OutputError, UsageError
-from mlxedge.models.decoder import CHUNK, TABLE, Graph, Weights, shape_of
+from mlxedge.models.decoder import CHUNK
+from mlxedge.models.graph import TABLE, Graph
+from mlxedge.models.shape import shape_of
+from mlxedge.models.weights import Weights
 from mlxedge.ops import load_forward
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from mlxedge.calibration.statistics import Calibration, Statistics
 from mlxedge.calibration.texts import Sample
 from mlxedge.errors import BadWeightsError
 from mlxedge.layers import LayerRunner, ProgressHook
-from mlxedge.models.decoder import head_name, layer_groups, shape_of
+from mlxedge.models.graph import head_name, layer_groups
+from mlxedge.models.shape import shape_of
 
 if TYPE_CHECKING:
     from mlxedge.calibration.states import KeptStates

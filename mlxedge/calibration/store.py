@@ -26,7 +26,7 @@ import numpy as np
 from mlxedge.calibration.collect import Collected, input_groups
 from mlxedge.calibration.statistics import Statistics
 from mlxedge.errors import CorruptFileError, SourceNotFoundError, UsageError
-from mlxedge.models.decoder import Shape, shape_of
+from mlxedge.models.shape import Shape, shape_of
 from mlxedge.ops import load_reference
 from mlxedge.sources.safetensors import SafetensorsFile
 

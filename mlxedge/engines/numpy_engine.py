@@ -38,7 +38,8 @@ class NumpyEngine:
         return NumpyState(self._decoder.cache())
 
     def truncate(self, state: NumpyState, length: int) -> None:
-        state.length = min(state.length, length)
+        if length < state.length:
+            state.length = 0 if self._decoder.recurrent else length
 
     def run(self, tokens: Sequence[int], state: NumpyState, results: int) -> np.ndarray:
         shape = self._decoder.shape

@@ -29,7 +29,10 @@ __all__ = [
 ]
 
 #: Modules of this package that serve the architectures and are none themselves.
-_SHARED = {"decoder", "dense", "experts", "layout", "names", "rope", "rope_files", "spec", "wiring"}
+_SHARED = {
+    *("decoder", "dense", "experts", "graph", "layout", "mixers", "names", "rope", "rope_files"),
+    *("shape", "spec", "weights", "wiring"),
+}
 
 
 @cache

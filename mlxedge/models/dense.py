@@ -24,7 +24,7 @@ from mlxedge.models.rope_files import (
     rope_values,
     shortest,
 )
-from mlxedge.models.spec import Config, ModelSpec, Name
+from mlxedge.models.spec import Config, ModelSpec, Name, attention_everywhere
 from mlxedge.models.wiring import ACTIVATIONS, NAMES, PRE_NORM, Factors, Wiring, activation_name
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class Dense:
     drops_predicting: bool = False
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
+    mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
     ropes: Callable[[Config], tuple[Rope | None, ...]] = one_rope
     epsilon: str = "rms_norm_eps"
     theta: float = DEFAULT_THETA
@@ -121,6 +122,7 @@ class Dense:
             window=self.window,
             windows=self.windows,
             ropes=self.ropes,
+            mixers=self.mixers,
             factors=self.factors,
             wiring=self.wiring,
             epsilon=self.epsilon,

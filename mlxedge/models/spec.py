@@ -27,6 +27,10 @@ Config = dict[str, Any]
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
+def attention_everywhere(config: Config) -> tuple[str, ...]:
+    return ("attention",) * int(config["num_hidden_layers"])
+
+
 @dataclass(frozen=True)
 class Name:
     """One tensor in all worlds; ``{i}`` stands for the layer.
@@ -69,6 +73,7 @@ class ModelSpec:
       always.
     - ``windows(config)``: the sliding window of each layer, 0 for none.
     - ``ropes(config)``: the rotary embedding of each layer, ``None`` for none.
+    - ``mixers(config)``: what mixes positions in each layer (``mlxedge.models.mixers``).
     - ``factors(config)``: what scales and caps activations.
     - ``adopt(config)``: a config as it is found, under the keys that are read here, with the
       defaults that transformers has for this architecture.
@@ -91,6 +96,7 @@ class ModelSpec:
     window: Callable[[Config, str], int | None]
     windows: Callable[[Config], tuple[int, ...]]
     ropes: Callable[[Config], tuple[Rope | None, ...]]
+    mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
     factors: Callable[[Config], Factors] = lambda config: Factors()
     wiring: Wiring = PRE_NORM
     #: The config key of the norms' epsilon.

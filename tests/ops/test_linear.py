@@ -91,7 +91,7 @@ def test_a_kernel_is_compiled_once() -> None:
 
 def run(tape: Tape, start: Any, result: Any, tokens: list[int], threads: int) -> np.ndarray:
     team = Team(threads)
-    cache = Cache(tape, 1, 64)
+    cache = Cache(tape, 64)
     runner = Runner(tape, team, start, result, [(np.ones(1), 1.0)], rows=64)
     try:
         return runner.run(np.array(tokens, np.int64), 0, cache, len(tokens))
@@ -156,59 +156,77 @@ def test_norm_and_gate_steps(width: int) -> None:
 
 
 def naive_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, start: int, window: int
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int, sinks: np.ndarray
 ) -> np.ndarray:
-    """q ``[n, heads, d]`` at positions ``start``…, k and v ``[all, kv_heads, d]``."""
-    out = np.zeros_like(q)
+    """q ``[n, heads, d]``, k ``[n, kv_heads, d]`` and v ``[n, kv_heads, value_d]``; of ``sinks``
+    ``[heads]`` minus infinity is none."""
+    out = np.zeros((*q.shape[:2], v.shape[2]))
     group = q.shape[1] // k.shape[1]
     for i in range(len(q)):
-        last = start + i + 1
-        first = max(0, last - window) if window else 0
+        first = max(0, i + 1 - window) if window else 0
         for h in range(q.shape[1]):
-            keys, values = k[first:last, h // group], v[first:last, h // group]
+            keys, values = k[first : i + 1, h // group], v[first : i + 1, h // group]
             scores = keys @ q[i, h] / np.sqrt(q.shape[2])
-            weights = np.exp(scores - scores.max())
-            out[i, h] = weights @ values / weights.sum()
+            most = max(scores.max(), sinks[h])
+            weights = np.exp(scores - most)
+            out[i, h] = weights @ values / (weights.sum() + np.exp(sinks[h] - most))
     return out
 
 
 @pytest.mark.parametrize("window", [0, 1, 70])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 16), (5, 1, 24), (8, 2, 80), (2, 1, 6)]
+    ("heads", "kv_heads", "size", "value_size", "still", "sinks"),
+    [
+        *((9, 3, 64, 64, 0, False), (4, 4, 16, 16, 0, False), (5, 1, 24, 24, 0, True)),
+        *((8, 2, 80, 80, 0, True), (2, 1, 6, 6, 0, False), (6, 2, 48, 32, 16, False)),
+        (3, 3, 24, 70, 20, True),
+    ],
 )
-def test_attention_steps(heads: int, kv_heads: int, size: int, window: int) -> None:
-    """Positions in pieces of many lengths, across the growth of the cache."""
+def test_attention_steps(
+    heads: int, kv_heads: int, size: int, value_size: int, still: int, sinks: bool, window: int
+) -> None:
+    """Positions in pieces of many lengths, across the growth of the cache; the first ``still``
+    dimensions of a head are not rotated. A second layer attends to what the first one kept."""
     rng = np.random.default_rng(7)
     pieces = [5, 1, 2, 1, 100, 3, 1, 190, 1]
     count = sum(pieces)
-    width = (heads + 2 * kv_heads) * size
-    table = rng.normal(size=(count, width)).astype(np.float32)
+    widths = [heads * size, kv_heads * size, kv_heads * value_size]
+    cuts = np.cumsum(widths)[:-1]
+    table = rng.normal(size=(count, sum(widths))).astype(np.float32)
+    given = rng.normal(size=heads).astype(np.float32) if sinks else None
     tape = Tape()
-    x, mixed, y = tape.buffer(width), tape.buffer(heads * size), tape.buffer(heads * size)
-    q, k, v = (tape.buffer(n * size) for n in (heads, kv_heads, kv_heads))
-    tape.embed(Matrix({"weight": table}, PLAIN["f32"], count, width), x)
-    identity = np.eye(width, dtype=np.float32)
-    cuts = np.split(identity, [heads * size, (heads + kv_heads) * size])
+    x, again, y = tape.buffer(sum(widths)), tape.buffer(widths[0]), tape.buffer(heads * value_size)
+    mixed, q, k, v = (tape.buffer(n) for n in (heads * value_size, *widths))
+    tape.embed(Matrix({"weight": table}, PLAIN["f32"], count, sum(widths)), x)
+    identity = np.split(np.eye(sum(widths), dtype=np.float32), cuts)
     tape.linear(
         x,
         [
-            Product(Matrix({"weight": cut}, PLAIN["f32"], len(cut), width), out)
-            for cut, out in zip(cuts, (q, k, v), strict=True)
+            Product(Matrix({"weight": cut}, PLAIN["f32"], len(cut), sum(widths)), out)
+            for cut, out in zip([*identity, identity[0]], (q, k, v, again), strict=True)
         ],
     )
-    tape.attention(
-        q, k, v, mixed,
-        heads=heads, kv_heads=kv_heads, head_dim=size, rotated=size, scale=size**-0.5,
-        window=window,
-    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": size,
+        "value_dim": value_size,
+        "rotated": size - still,
+        "rotated_from": still,
+        "scale": size**-0.5,
+        "window": window,
+        "sinks": given,
+    }
+    slot = tape.attention(q, k, v, y, **shared)
+    tape.attention(again, k, v, mixed, slot=slot, **shared)
     tape.head()
-    copy = np.eye(heads * size, dtype=np.float32)
+    copy = np.eye(heads * value_size, dtype=np.float32)
     tape.linear(mixed, [Product(Matrix({"weight": copy}, PLAIN["f32"], len(copy), len(copy)), y)])
 
-    frequencies = 100.0 ** -(np.arange(0, size, 2) / size)
+    frequencies = 100.0 ** -(np.arange(0, size - still, 2) / size)
     team = Team(2)
     runner = Runner(tape, team, mixed, y, [(frequencies, 1.0)], rows=256)
-    cache = Cache(tape, kv_heads, 2048)
+    cache = Cache(tape, 2048)
     found = []
     for piece in pieces:
         start = sum(len(f) for f in found)
@@ -220,13 +238,20 @@ def test_attention_steps(heads: int, kv_heads: int, size: int, window: int) -> N
     angles = np.outer(np.arange(count), frequencies)[:, None]
 
     def rotate(values: np.ndarray) -> np.ndarray:
-        low, high = np.split(values.astype(np.float64), 2, axis=-1)
+        values = values.astype(np.float64)
+        low, high = np.split(values[..., still:], 2, axis=-1)
         cos, sin = np.cos(angles), np.sin(angles)
-        return np.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
+        turned = [low * cos - high * sin, high * cos + low * sin]
+        return np.concatenate([values[..., :still], *turned], -1)
 
-    parts = np.split(table, [heads * size, (heads + kv_heads) * size], axis=1)
-    qs, ks, vs = (p.reshape(count, -1, size) for p in parts)
-    expected = naive_attention(rotate(qs), rotate(ks), vs.astype(np.float64), 0, window)
+    qs, ks, vs = np.split(table, cuts, axis=1)
+    expected = naive_attention(
+        rotate(qs.reshape(count, heads, size)),
+        rotate(ks.reshape(count, kv_heads, size)),
+        vs.reshape(count, kv_heads, value_size).astype(np.float64),
+        window,
+        np.full(heads, -np.inf) if given is None else given.astype(np.float64),
+    )
     np.testing.assert_allclose(
         np.concatenate(found), expected.reshape(count, -1), rtol=1e-4, atol=2e-5
     )
@@ -248,7 +273,7 @@ def test_a_pass_may_come_from_several_threads() -> None:
     runner = Runner(tape, team, x, y, [(np.ones(1), 1.0)], rows=8)
 
     def one(token: int) -> np.ndarray:
-        return runner.run(np.array([token]), 0, Cache(tape, 1, 64), 1)[0]
+        return runner.run(np.array([token]), 0, Cache(tape, 64), 1)[0]
 
     with ThreadPoolExecutor(4) as pool:
         found = np.array(list(pool.map(one, list(range(50)) * 4)))

@@ -9,7 +9,7 @@ import pytest
 from oracles.checkpoints import OWN, SAVED, SIZES
 
 from mlxedge.models import normalise, spec_for
-from mlxedge.models.decoder import Shape, shape_of
+from mlxedge.models.shape import Shape, shape_of
 
 
 def saved_config(**settings: Any) -> dict[str, Any]:

@@ -1,0 +1,251 @@
+"""Records on a tape what a model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mlxedge.models.experts import ROUTER, ROUTER_BIAS, SHARED, SHARED_GATE, STACKS, ExpertShape
+from mlxedge.models.mixers import load_mixer
+from mlxedge.models.rope import Rope, inverse_frequencies
+from mlxedge.models.shape import Shape
+from mlxedge.models.weights import Weights
+
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+#: The matrices of an MLP, those together that have the same input.
+_MLP = {
+    "gated": ("mlp.gate_proj", "mlp.up_proj"),
+    "fused": ("mlp.gate_up_proj",),
+    "plain": ("mlp.up_proj",),
+}
+_ROUTED = ((ROUTER,), STACKS[:2], STACKS[2:])
+_SHARING = ((ROUTER, SHARED_GATE, *SHARED[:2]), *_ROUTED[1:], SHARED[2:])
+_SHARING_ALL = ((ROUTER, *SHARED[:2]), *_ROUTED[1:], SHARED[2:])
+
+
+def layer_groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
+    """The names of a layer's matrices, those together that have the same input, in the order in
+    which they compute."""
+    experts, wiring = shape.experts, shape.wiring
+    if experts is None or layer not in experts.layers:
+        mlp: tuple[tuple[str, ...], ...] = (_MLP[wiring.mlp], ("mlp.down_proj",))
+    else:
+        sharing = _SHARING if experts.shared_gate else _SHARING_ALL
+        mlp = sharing if experts.shared_width else _ROUTED
+    groups = (*load_mixer(shape.mixers[layer]).groups(shape, layer), *mlp)
+    return [tuple(f"model.layers.{layer}.{n}.weight" for n in group) for group in groups]
+
+
+def head_name(tensors: Container[str]) -> str:
+    """The matrix that makes logits: the embedding's where they are tied."""
+    return HEAD if HEAD in tensors else TABLE
+
+
+class Graph:
+    """Records what a model computes on a tape, block by block.
+
+    ``tapped`` puts a tap on the input of every group of linears, named by the tuple of their
+    weights. The hidden states are in the buffer ``x``, between blocks and at the end.
+    """
+
+    def __init__(self, shape: Shape, weights: Weights, ops: Any, tapped: bool = False) -> None:
+        self.tape = tape = ops.Tape()
+        self.shape, self.weights = shape, weights
+        self._ops, self._tapped = ops, tapped
+        self.x, self._h = tape.buffer(shape.hidden), tape.buffer(shape.hidden)
+        self._shared: dict[str, list[Any]] = {}
+        #: Rotary embeddings, and of how many dimensions of a head, in the order of their numbers.
+        self._ropes: dict[tuple[Rope, int], int] = {}
+
+    @cached_property
+    def _parallel_buffer(self) -> Any:
+        """What attention gives, until the MLP has seen the stream without it."""
+        return self.tape.buffer(self.shape.hidden)
+
+    @cached_property
+    def _delta(self) -> Any:
+        """What a part of a block adds to the stream."""
+        return self.tape.buffer(self.shape.hidden)
+
+    def buffers(self, key: str, widths: Sequence[int]) -> list[Any]:
+        """Buffers that all layers share under a ``key``, made when they are first asked for."""
+        if key not in self._shared:
+            self._shared[key] = [self.tape.buffer(width) for width in widths]
+        return self._shared[key]
+
+    @cached_property
+    def _dense_buffers(self) -> list[Any]:
+        count = 1 if self.shape.wiring.mlp == "plain" else 2
+        return [self.tape.buffer(self.shape.intermediate) for _ in range(count)]
+
+    @cached_property
+    def _expert_buffers(self) -> tuple[Any, ...]:
+        """The choice of experts; logits; by slot the input, gate, up and down; and of a shared
+        expert how much it counts, gate and up."""
+        experts, tape = self.shape.experts, self.tape
+        assert experts is not None
+        choice = tape.choice(experts.count, experts.used)
+        hidden, width, shared = self.shape.hidden, experts.width, experts.shared_width
+        slots = [tape.buffer(size, choice) for size in (hidden, width, width, hidden)]
+        counts = [1] if experts.shared_gate else []
+        sharing = [tape.buffer(size) for size in (*counts, shared, shared)] if shared else []
+        return choice, tape.buffer(experts.count), slots, sharing
+
+    def embed(self) -> Any:
+        """x = the rows of the tokens; returns the table."""
+        table = self.weights.matrix(TABLE, self.shape.vocab, self.shape.hidden)
+        self.tape.embed(table, self.x)
+        if self.shape.factors.embedding != 1.0:
+            self.tape.scale(self.x, self.shape.factors.embedding)
+        return table
+
+    def block(self, layer: int) -> None:
+        """x = block ``layer`` of x."""
+        shape, tape, weights, wiring = self.shape, self.tape, self.weights, self.shape.wiring
+        x, h = self.x, self._h
+        block = f"model.layers.{layer}."
+        mixer = load_mixer(shape.mixers[layer])
+        groups = layer_groups(shape, layer)
+        mixing = len(mixer.groups(shape, layer))
+        o_names, mlp_names = groups[mixing - 1], groups[mixing:]
+        seen = self._normed(block, wiring.attention_norm, h)
+        mixed = mixer.record(self, layer, groups[: mixing - 1], seen)
+        if not wiring.parallel:
+            self._linear_onto(mixed, o_names, block, wiring.attention_out_norm)
+            seen = self._normed(block, wiring.mlp_norm, h)
+        else:
+            # What the MLP sees is x before attention is added.
+            after = self._parallel_buffer
+            self.linear(mixed, o_names, [after])
+            if wiring.mlp_norm is not None:
+                seen = self._normed(block, wiring.mlp_norm, h)
+        if shape.experts is not None and layer in shape.experts.layers:
+            bias = weights.optional(f"{block}{ROUTER_BIAS}")
+            self._mixture(shape.experts, mlp_names, bias)
+        else:
+            gate, *up = self._dense_buffers
+            self.linear(seen, mlp_names[0], [gate, *up])
+            tape.gate(gate, up[0] if up else None, shape.activation)
+            self._linear_onto(gate, mlp_names[1], block, wiring.mlp_out_norm)
+        if wiring.parallel:
+            tape.add(after, x, shape.factors.residual)
+
+    def _linear_onto(self, x: Any, names: tuple[str, ...], block: str, norm: str | None) -> None:
+        """The stream += the factor · the norm, where there is one, of the product of x."""
+        factor, delta = self.shape.factors.residual, self._delta
+        if factor == 1.0 and norm is None:
+            self.linear(x, names, [delta], add_to=self.x)
+            return
+        self.linear(x, names, [delta])
+        if norm is not None:
+            self.norm(delta, f"{block}{norm}", delta)
+        self.tape.add(delta, self.x, factor)
+
+    def _mixture(
+        self, experts: ExpertShape, names: list[tuple[str, ...]], bias: np.ndarray | None
+    ) -> None:
+        """x += the chosen experts' output for h, and the shared expert's."""
+        tape, weights, h, x = self.tape, self.weights, self._h, self.x
+        choice, logits, (rows, gate, up, down), sharing = self._expert_buffers
+        routers, gate_up, last, *shared_down = names
+        self.linear(h, routers, [logits, *sharing])
+        tape.route(
+            logits,
+            choice,
+            score=experts.score,
+            normalise=experts.normalise,
+            scale=experts.scale,
+            bias=bias,
+        )
+        tape.gather(h, choice, rows)
+        for group, source, outs in ((gate_up, rows, [gate, up]), (last, gate, [down])):
+            if self._tapped:
+                tape.expert_tap(group, source, choice)
+            pairs = zip(group, outs, strict=True)
+            products = [weights.experts(n, experts.count, source, out) for n, out in pairs]
+            tape.expert_linear(source, choice, products)
+            if source is rows:
+                tape.gate(gate, up, self.shape.activation)
+        tape.combine(down, choice, x)
+        if sharing:
+            *counts, gate, up = sharing
+            tape.gate(gate, up, self.shape.activation)
+            self.tap(shared_down[0], gate)
+            if counts:
+                tape.scale_by_sigmoid(gate, counts[0])
+            delta = self._delta
+            tape.linear(gate, weights.products(shared_down[0][0], gate, [delta], x))
+
+    def head(self, table: Any = None) -> Any:
+        """Logits of x; returns their buffer. ``table`` is the embedding's, where it is known."""
+        self.final_norm()
+        logits = self.tape.buffer(self.shape.vocab)
+        name = head_name(self.weights)
+        if table is None or name != TABLE:
+            table = self.weights.matrix(name, self.shape.vocab, self.shape.hidden)
+        self.tape.linear(self._h, [self._ops.Product(table, logits)])
+        factors = self.shape.factors
+        if factors.logits != 1.0 or factors.logits_cap:
+            self.tape.scale(logits, factors.logits, factors.logits_cap)
+        return logits
+
+    def final_norm(self) -> None:
+        """Up to the head's input, which is tapped."""
+        self.tape.head()
+        self.norm(self.x, "model.norm", self._h)
+        self.tap((head_name(self.weights),), self._h)
+
+    def rope(self, rope: Rope, head_dim: int) -> int:
+        """The number under which steps know a rotary embedding of heads of ``head_dim``."""
+        return self._ropes.setdefault((rope, head_dim), len(self._ropes))
+
+    def runner(self, team: Any, rows: int, result: Any = None) -> Any:
+        """What walks the tape, once all is recorded; passes have up to ``rows`` positions."""
+        return self._ops.Runner(
+            self.tape,
+            team,
+            hidden=self.x,
+            result=result,
+            ropes=[
+                (inverse_frequencies(rope, head_dim), rope.attention_factor)
+                for rope, head_dim in self._ropes
+            ],
+            rows=rows,
+        )
+
+    def cache(self) -> Any:
+        """An empty cache of keys and values for one sequence."""
+        return self._ops.Cache(self.tape, self.shape.context)
+
+    def _normed(self, block: str, module: str | None, h: Any) -> Any:
+        """The buffer ``h`` with the norm of the stream, or the stream where there is no norm."""
+        if module is None:
+            return self.x
+        self.norm(self.x, f"{block}{module}", h)
+        return h
+
+    def norm(self, x: Any, module: str, out: Any) -> None:
+        """out = the norm of x with the weights of ``module``."""
+        wiring = self.shape.wiring
+        weight = self.weights.vector(f"{module}.weight")
+        if wiring.unit_norm:
+            weight = weight + np.float32(1.0)
+        bias = self.weights.optional(f"{module}.bias")
+        self.tape.norm(x, weight, self.shape.epsilon, out, centred=wiring.layer_norm, bias=bias)
+
+    def linear(self, x: Any, names: tuple[str, ...], outs: list[Any], add_to: Any = None) -> None:
+        """The products of x with matrices, one for each of ``outs``, or one for all of them."""
+        self.tap(names, x)
+        if len(names) == 1:
+            products = self.weights.products(names[0], x, outs, add_to)
+        else:
+            pairs = zip(names, outs, strict=True)
+            products = [p for n, out in pairs for p in self.weights.products(n, x, [out], add_to)]
+        self.tape.linear(x, products)
+
+    def tap(self, names: tuple[str, ...], x: Any) -> None:
+        if self._tapped:
+            self.tape.tap(names, x)
