@@ -190,7 +190,7 @@ class Runner:
         if self._rotated < capacity:
             self._rotated = capacity
             self._tables = [_rotations(*rope, capacity) for rope in self._ropes]
-            for row, table in zip(self._table_addresses, self._tables, strict=True):
+            for row, table in zip(self._table_addresses, self._tables, strict=False):
                 row[:] = table[0].ctypes.data, table[1].ctypes.data
         each = -(-self.tape.scratch_bytes(capacity) // 64) * 64
         if self._scratch.nbytes < each * self.team.threads + 64:
