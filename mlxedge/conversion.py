@@ -220,7 +220,8 @@ def plan_conversion(
 
 def _quantized_twice(output: OutputPlan, checkpoint: Checkpoint) -> list[str]:
     """A note where codes of the source are not kept: that costs quality, and often for nothing."""
-    sources = [checkpoint.tensors[t.source] for t in output.tensors if t.kept == "requantized"]
+    every = {**checkpoint.tensors, **output.sources}
+    sources = [every[t.source] for t in output.tensors if t.kept == "requantized"]
     kinds = sorted({s.encoding.name for s in sources if not s.decoded})
     if any(s.decoded for s in sources):
         kinds.append(checkpoint.quantized or "decoded")

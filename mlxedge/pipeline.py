@@ -123,7 +123,8 @@ class _Run:
         self._processors = threads
         self.progress, self.calibrating = progress, calibrating
         self.calibration_seconds = 0.0
-        self.total = sum(t.size for t in checkpoint.tensors.values())
+        self._sources = plan.sources(checkpoint.tensors)
+        self.total = sum(t.size for t in self._sources.values())
         self._done_weights = 0
         self._seconds = [0.0] * len(stages)
         self._guard = threading.Lock()
@@ -150,13 +151,17 @@ class _Run:
         from mlxedge.grids import has_grid
 
         return {
-            planned.source
+            self._calibrated_as(planned.source)
             for stage in self.stages
             for planned in stage.plan.tensors
             if planned.name not in stage.done
             and planned.how == "encode"
             and has_grid(planned.encoding)
         }
+
+    def _calibrated_as(self, name: str) -> str:
+        """The canonical tensor whose input a source tensor has, else its own name."""
+        return self._sources[name].like or name
 
     def _kept_states(self) -> KeptStates | None:
         """Where a run of the model leaves its states, or goes on from those of an earlier one."""
@@ -165,7 +170,7 @@ class _Run:
         if not self.stages:
             return None
         wanted = {
-            planned.source
+            self._calibrated_as(planned.source)
             for stage in self.stages
             for planned in stage.plan.tensors
             if planned.name not in stage.done and planned.how == "encode"
@@ -236,8 +241,8 @@ class _Run:
             for planned in stage.plan.tensors:
                 if planned.name not in stage.done:
                     goals.setdefault(planned.source, []).append((index, planned))
-        for name in self.guide.order(self.checkpoint.tensors):
-            source = self.checkpoint.tensors[name]
+        for name in self._order():
+            source = self._sources[name]
             if name not in goals:
                 self._advance(source.size, name)
                 continue
@@ -254,10 +259,15 @@ class _Run:
                 for start in range(first, first + whole, step):
                     yield work, start, min(start + step, first + whole)
 
+    def _order(self) -> list[str]:
+        """The guide's, what is made of canonical tensors beside those that have the same input."""
+        place = {name: i for i, name in enumerate(self.guide.order(self.checkpoint.tensors))}
+        return sorted(self._sources, key=lambda name: place.get(self._calibrated_as(name), -1))
+
     def _hint(self, name: str) -> Hint:
         try:
             with self._timed_calibration():
-                return self.guide.hint(name)
+                return self.guide.hint(self._calibrated_as(name))
         except BadWeightsError as error:
             self._explain(error)
             self.guide = Guide()

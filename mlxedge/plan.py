@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,8 +46,9 @@ class Place:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of one output. ``source`` is the canonical name that it is made from; ``pieces``
-    name the slices of its first axis where each is a tensor of its own in the file."""
+    """One tensor of one output. ``source`` is the canonical name that it is made from, or a key of
+    ``OutputPlan.sources``; ``pieces`` name the slices of its first axis where each is a tensor of
+    its own in the file."""
 
     source: str
     name: str
@@ -96,6 +97,7 @@ class DataFile:
 class OutputPlan:
     """One output.
 
+    ``sources`` are tensors that are made of canonical ones (``mlxedge.sources.recasts``), by key.
     ``path`` is final. A folder's ``data`` files and small ``files`` (config.json, …) stand inside
     it; for a GGUF file there is one data file and nothing else. ``label`` is the type of most
     weights, ``notes`` what the user should know.
@@ -108,6 +110,7 @@ class OutputPlan:
     data: list[DataFile]
     files: dict[str, bytes]
     notes: list[str] = field(default_factory=list)
+    sources: dict[str, SourceTensor] = field(default_factory=dict)
     #: Whether an interrupted run of the same plan had finished this one.
     finished: bool = False
 
@@ -145,6 +148,11 @@ class Plan:
     parallel: bool = True
     #: What parts of files that are read over the network take of the disk, at most.
     cache_bytes: int = 0
+
+    def sources(self, canonical: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+        """All that is read, by ``PlannedTensor.source``."""
+        made = {key: tensor for output in self.outputs for key, tensor in output.sources.items()}
+        return {**canonical, **made}
 
     @property
     def disk_bytes(self) -> int:

@@ -75,11 +75,10 @@ def read_imatrix(path: str | Path, spec: ModelSpec) -> Calibration:
         raise CorruptFileError(path, "an imatrix file without importances")
     tensors: dict[str, Statistics] = {}
     for name, statistics in entries.items():
-        mapped = spec.from_gguf(name)
-        canonical = mapped[0] if mapped else name
-        if canonical in tensors:
-            raise CorruptFileError(path, f"{shown(name)} stands here under two names")
-        tensors[canonical] = statistics
+        for canonical in spec.inputs_of(name) or (name,):
+            if canonical in tensors:
+                raise CorruptFileError(path, f"{shown(name)} stands here under two names")
+            tensors[canonical] = statistics
     return Calibration(tensors, texts, sha256, count * size, size)
 
 
@@ -97,8 +96,8 @@ def write_imatrix(
         raise UsageError(f"{path}: nothing was calibrated that an imatrix file could hold")
     entries: _Entries = {}
     for canonical, statistics in calibration.tensors.items():
-        mapped = spec.to_gguf(canonical)
-        entries[mapped[0] if mapped else canonical] = statistics
+        for name in spec.input_in_gguf(canonical) or (canonical,):
+            entries[name] = statistics
     made = _legacy_bytes(calibration, entries) if legacy else _gguf_bytes(calibration, entries)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,8 +30,8 @@ __all__ = [
 
 #: Modules of this package that serve the architectures and are none themselves.
 _SHARED = {
-    *("decoder", "dense", "experts", "graph", "layout", "mixers", "names", "rope", "rope_files"),
-    *("shape", "spec", "weights", "wiring"),
+    *("decoder", "dense", "experts", "graph", "layout", "mixers", "names", "recasts", "rope"),
+    *("rope_files", "shape", "spec", "weights", "wiring"),
 }
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlxedge import gguf_values as gv
 from mlxedge.errors import TokenizerError, UnsupportedModelError
 from mlxedge.models.experts import Experts
+from mlxedge.models.recasts import Recast
 from mlxedge.models.rope import DEFAULT_THETA, LONG, Rope, rope_settings
 from mlxedge.models.rope_files import (
     Get,
@@ -71,6 +72,7 @@ class Dense:
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
+    - ``recasts``: see ``ModelSpec``.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
 
@@ -82,6 +84,7 @@ class Dense:
     freq_factors: bool = False
     head_dim_free: bool = True
     experts: Experts | None = None
+    recasts: tuple[Recast, ...] = ()
     drops_predicting: bool = False
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
@@ -130,6 +133,7 @@ class Dense:
             settle=self.settle,
             reads=self.reads,
             experts=self.experts,
+            recasts=self.recasts,
             drops_predicting=self.drops_predicting,
         )
 

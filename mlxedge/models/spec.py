@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.gguf_values import GgufValue, Metadata
 from mlxedge.models.experts import ROUTER, SHARED_GATE, Experts
+from mlxedge.models.recasts import Recast, World
 from mlxedge.models.rope import Rope
 from mlxedge.models.wiring import PRE_NORM, Factors, Wiring
 
@@ -80,6 +81,7 @@ class ModelSpec:
     - ``settle(config)``: the config with the architecture's own keys spelled out, or
       UnsupportedModelError.
     - ``notes(config, format)``: what to know of the model in the runtime of ``format``.
+    - ``recasts``: what a world stores otherwise than by name; the first that serves is written.
     - ``reads(metadata)``: whether a GGUF file of ``gguf_arch`` with this metadata is of this type,
       where several share the architecture.
     """
@@ -106,6 +108,7 @@ class ModelSpec:
     reads: Callable[[Mapping[str, GgufValue]], bool] = lambda metadata: True
     notes: Callable[[Config, str], list[str]] = lambda config, format: []
     experts: Experts | None = None
+    recasts: tuple[Recast, ...] = ()
     #: Whether layers that predict further tokens may follow the others; they are dropped.
     drops_predicting: bool = False
     #: GGUF tensors that ``config_from_gguf`` consumes.
@@ -142,7 +145,34 @@ class ModelSpec:
         for pattern, name in self._by_gguf:
             if match := pattern.fullmatch(gguf_name):
                 return name.hf.format(**match.groupdict()), name.rows
+        if self._recast("gguf", gguf_name):
+            return gguf_name, "same"  # until it is recast
         return None
+
+    def _recast(self, world: World, other: str) -> tuple[Recast, str] | None:
+        """What a world's tensor is made by, and its layer."""
+        for recast in self.recasts:
+            layer = recast.layer_of(other, recast.other) if recast.world == world else None
+            if layer is not None:
+                return recast, layer
+        return None
+
+    def inputs_of(self, gguf_name: str) -> tuple[str, ...]:
+        """The canonical matrices that have the input of a GGUF matrix; none if it is unknown."""
+        if (found := self._recast("gguf", gguf_name)) is not None:
+            recast, layer = found
+            return tuple(recast.at(layer, recast.canonical)) if recast.keeps_columns else ()
+        mapped = self.from_gguf(gguf_name)
+        return () if mapped is None else (mapped[0],)
+
+    def input_in_gguf(self, hf_name: str) -> tuple[str, ...]:
+        """The GGUF matrices that have the input of a canonical one."""
+        for recast in self.recasts:
+            layer = recast.layer_of(hf_name, recast.canonical) if recast.world == "gguf" else None
+            if layer is not None:
+                return tuple(recast.at(layer, recast.other)) if recast.keeps_columns else ()
+        mapped = self.to_gguf(hf_name)
+        return () if mapped is None else (mapped[0],)
 
     def offset(self, hf_name: str) -> float:
         """What GGUF adds to the values of a Hugging Face tensor."""
@@ -182,9 +212,13 @@ class ModelSpec:
         found = self.to_gguf(hf_name)
         return found is not None and found[0].endswith("_norm.weight")
 
-    def is_exact(self, hf_name: str) -> bool:
-        """Whether the tensor stays f32 whatever the others become."""
-        return any(name.exact and pattern.fullmatch(hf_name) for pattern, name in self._by_hf)
+    def is_exact(self, name: str) -> bool:
+        """Whether the tensor stays f32 whatever the others become; of one that is recast the name
+        is that of its world."""
+        if any(known.exact and pattern.fullmatch(name) for pattern, known in self._by_hf):
+            return True
+        exact = (recast for recast in self.recasts if recast.exact)
+        return any(recast.layer_of(name, recast.other) is not None for recast in exact)
 
     def is_router(self, hf_name: str) -> bool:
         """Whether the matrix chooses experts, or how much of the shared one counts."""

@@ -25,6 +25,7 @@ from mlxedge.plan import (
 )
 from mlxedge.recipes import llama_cpp
 from mlxedge.recipes.overrides import NONE, Overrides
+from mlxedge.sources.recasts import recast_only, to_world
 from mlxedge.targets import Target
 
 if TYPE_CHECKING:
@@ -64,9 +65,10 @@ def plan_gguf(
     """
     from mlxedge.tokenizer import to_gguf
 
+    sources = to_world(spec, config, checkpoint.tensors, "gguf")
     names: dict[str, tuple[str, Any]] = {}
-    for hf_name in checkpoint.tensors:
-        mapped = spec.to_gguf(hf_name)
+    for hf_name, source in sources.items():
+        mapped = (source.name, "same") if source.name != hf_name else spec.to_gguf(hf_name)
         if mapped is None:
             raise UnsupportedModelError(
                 f"{hf_name}: {spec.model_type} has no such tensor in GGUF (architecture "
@@ -75,7 +77,7 @@ def plan_gguf(
         names[hf_name] = mapped
 
     extra = spec.gguf_extra(config)
-    shapes = [(names[n][0], _dims(t.shape)) for n, t in checkpoint.tensors.items()]
+    shapes = [(names[n][0], _dims(t.shape)) for n, t in sources.items()]
     notes = overrides.unmatched("gguf", [n for n, dims in shapes if llama_cpp.is_open(n, dims)])
     choices = llama_cpp.choose(
         target.recipe, shapes, _shape(spec, config), has_imatrix=imatrix, overrides=overrides
@@ -83,7 +85,11 @@ def plan_gguf(
     llama_cpp.check_importance(
         target.recipe,
         choices,
-        {names[n][0] for n in names if imatrix and (known is None or n in known)},
+        {
+            names[n][0]
+            for n, t in sources.items()
+            if imatrix and (known is None or (n if t.name == n else t.like) in known)
+        },
     )
 
     planned: list[PlannedTensor] = []
@@ -95,7 +101,7 @@ def plan_gguf(
         infos.append((name, values.shape, F32, offset))
         constants.append((offset, raw))
         offset += -(-len(raw) // ALIGNMENT) * ALIGNMENT
-    for hf_name, source in checkpoint.tensors.items():
+    for hf_name, source in sources.items():
         gguf_name, rows = names[hf_name]
         choice, offset_by = choices[gguf_name], spec.offset(hf_name)
         how, kept = how_to_make(source, choice.encoding, keeps_codes)
@@ -138,6 +144,7 @@ def plan_gguf(
         tuple((len(header) + at, chunk) for at, chunk in constants),
     )
     plan = OutputPlan(target, path, target.recipe.upper(), shifted, [data], {})
+    plan.sources = recast_only(sources)
     plan.notes += [*notes, *_larger(plan, choices), *window_notes(spec, config, "gguf")]
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: llama.cpp can load but not tokenize")

@@ -10,6 +10,7 @@ from mlxedge.models.spec import ModelSpec
 from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card
 from mlxedge.outputs.safetensors_file import lay_out
 from mlxedge.plan import OutputPlan, PlannedTensor, how_to_make
+from mlxedge.sources.recasts import recast_only, to_world
 from mlxedge.targets import Target
 
 if TYPE_CHECKING:
@@ -25,10 +26,12 @@ def plan_hf(
 ) -> OutputPlan:
     """Plan one folder of ``target.recipe`` floats."""
     tensors = []
-    for name, source in checkpoint.tensors.items():
-        encoding = PLAIN["f32" if spec.is_exact(name) else target.recipe]
+    sources = to_world(spec, config, checkpoint.tensors, "stored")
+    for name, source in sources.items():
+        encoding = PLAIN["f32" if spec.is_exact(source.name) else target.recipe]
         how, kept = how_to_make(source, encoding)
-        first, *others = names = spec.to_stored(name, source.shape[0])
+        own = (source.name,) if source.name != name else spec.to_stored(name, source.shape[0])
+        first, *others = names = own
         pieces = names if others else ()
         tensors.append(
             PlannedTensor(
@@ -44,4 +47,6 @@ def plan_hf(
     }
     if len(layout.files) > 1:
         files["model.safetensors.index.json"] = layout.index
-    return OutputPlan(target, path, target.recipe, layout.tensors, layout.files, files)
+    plan = OutputPlan(target, path, target.recipe, layout.tensors, layout.files, files)
+    plan.sources = recast_only(sources)
+    return plan

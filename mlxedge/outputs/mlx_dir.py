@@ -11,6 +11,7 @@ from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model
 from mlxedge.outputs.safetensors_file import lay_out
 from mlxedge.plan import OutputPlan, PlannedTensor, how_to_make, keeps_codes
 from mlxedge.recipes.overrides import NONE, Overrides, Role, with_scales
+from mlxedge.sources.recasts import recast_only, to_world
 from mlxedge.targets import Target
 
 if TYPE_CHECKING:
@@ -37,15 +38,14 @@ def plan_mlx(
     quantized = _encoding(target, dtype)
     if quantized is None:
         dtype = target.recipe
+    sources = to_world(spec, config, checkpoint.tensors, "mlx")
     matrices = [
-        name
-        for name, source in checkpoint.tensors.items()
-        if len(source.shape) > 1 and not spec.is_norm(name)
+        name for name, source in sources.items() if len(source.shape) > 1 and not spec.is_norm(name)
     ]
     notes = overrides.unmatched("mlx", matrices)
     told = _told(matrices, spec, overrides)
     tensors = []
-    for name, source in checkpoint.tensors.items():
+    for name, source in sources.items():
         encoding, reason = _choose(source, quantized, dtype)
         if spec.is_norm(name):
             encoding, reason = PLAIN[dtype], reason and f"norms stay {dtype}"
@@ -54,13 +54,13 @@ def plan_mlx(
             reason = reason or "routers get 8 bits"
             if spec.experts is not None and spec.experts.plain_router:
                 encoding, reason = PLAIN[dtype], "mlx-lm has no quantized router of this kind"
-        if spec.is_exact(name):
+        if spec.is_exact(source.name):
             encoding, reason = PLAIN["f32"], None
         if name in told:
             encoding, reason = _choose(source, with_scales(told[name], dtype), dtype)
             reason = reason or (None if encoding == quantized else "as told")
         how, kept = how_to_make(source, encoding, keeps_codes)
-        made = spec.to_mlx(name)
+        made = source.name if source.name != name else spec.to_mlx(name)
         tensors.append(PlannedTensor(name, made, source.shape, encoding, how, kept, reason=reason))
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "mlx"}, parameters)
@@ -76,6 +76,7 @@ def plan_mlx(
     }
     label = quantized.name if quantized else dtype
     plan = OutputPlan(target, path, label, layout.tensors, layout.files, files)
+    plan.sources = recast_only(sources)
     plan.notes += [*notes, *window_notes(spec, config, "mlx")]
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: mlx-lm can load but not tokenize")

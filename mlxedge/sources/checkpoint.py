@@ -32,7 +32,8 @@ class SourceTensor:
     seen as ``[rows, cols]`` (all leading dimensions joined; a 1-D tensor is one row), in fresh
     memory that the caller may keep; it raises CorruptFileError if the file ends early.
     ``read_scales``, where there is one, gives those parts alone that are not codes. ``decoded``
-    tells that the file has codes, though what is read are floats.
+    tells that the file has codes, though what is read are floats. Of what was made of canonical
+    tensors for one world (``mlxedge.sources.recasts``) ``like`` is one that has the same input.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SourceTensor:
     read_rows: Callable[[int, int], Parts] = field(repr=False, compare=False)
     read_scales: Callable[[int, int], Parts] | None = field(default=None, repr=False, compare=False)
     decoded: bool = False
+    like: str | None = None
 
     @property
     def rows(self) -> int:

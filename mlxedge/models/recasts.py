@@ -1,0 +1,145 @@
+"""What a world stores otherwise than by name: several tensors in one, transposed, of other values.
+
+A ``Recast`` is declared by an architecture and carried out by ``mlxedge.sources.recasts``, in both
+directions: readers turn what a world has into the canonical tensors, writers the other way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlxedge.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Config = dict[str, Any]
+#: Hugging Face folders, GGUF files, MLX folders.
+World = Literal["stored", "gguf", "mlx"]
+#: From a config and the rows of each part the order in which a world has them:
+#: ``joined = concatenated[order]``.
+Order = Callable[[Config, Sequence[int]], "np.ndarray"]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Several tensors become one: their rows one after another, then in ``order``, if there is one.
+
+    Rows are the last but one axis, for each index of those before it; the elements of a vector. In
+    ``columns`` they are the last axis, as in the stacked biases ``[experts, rows]`` of matrices
+    that are joined.
+    """
+
+    order: Order | None = None
+    columns: bool = False
+
+
+@dataclass(frozen=True)
+class Split:
+    """One tensor becomes several of ``sizes(config)`` rows each: the other way of ``Join``."""
+
+    sizes: Callable[[Config], Sequence[int]]
+    order: Order | None = None
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """The last two axes change places. Codes cannot follow: they are decoded to floats."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """Other values, computed in f32 and kept as f32: ``there`` makes those of the world, ``back``
+    ours."""
+
+    there: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The same elements in another shape, which ``there`` makes of ours; of small tensors, which
+    are read whole. The way back leads to the shape that the architecture expects."""
+
+    there: Callable[[tuple[int, ...]], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Each:
+    """Steps of its own for each of several tensors."""
+
+    steps: tuple[tuple[Step, ...], ...]
+
+
+Step = Join | Split | Transpose | Values | Reshape | Each
+
+
+@dataclass(frozen=True)
+class Recast:
+    """In ``world`` the tensors ``canonical`` are ``other``, which ``steps`` make of them in turn.
+
+    Both are names with ``{i}`` for the layer, ``other`` those of the world. It serves wherever all
+    the tensors of one side are there. ``exact``: what is made stays f32 whatever becomes of others.
+    """
+
+    world: World
+    canonical: tuple[str, ...]
+    other: tuple[str, ...]
+    steps: tuple[Step, ...]
+    exact: bool = False
+
+    @cached_property
+    def _patterns(self) -> Mapping[str, re.Pattern[str]]:
+        names = (*self.canonical, *self.other)
+        return {n: re.compile(re.escape(n).replace(r"\{i\}", r"(?P<i>\d+)")) for n in names}
+
+    def layer_of(self, name: str, side: Sequence[str]) -> str | None:
+        """The layer, or the empty string, if ``name`` is one of a side; else ``None``."""
+        for template in side:
+            if match := self._patterns[template].fullmatch(name):
+                return match.groupdict().get("i", "")
+        return None
+
+    @property
+    def keeps_columns(self) -> bool:
+        """Whether what is made multiplies the same input."""
+        return all(isinstance(step, (Join, Split)) for step in self.steps)
+
+    def at(self, layer: str, side: Sequence[str]) -> list[str]:
+        return [name.replace("{i}", layer) for name in side]
+
+
+def heads_apart(config: Config, sizes: Sequence[int]) -> np.ndarray:
+    """An ``Order`` for rows that go head by head: of each in turn its query, its key, its value."""
+    return interleaved(config["num_attention_heads"], sizes)
+
+
+def groups_apart(config: Config, sizes: Sequence[int]) -> np.ndarray:
+    """An ``Order`` for rows that go by head of keys: its queries, then its key, then its value."""
+    return interleaved(config["num_key_value_heads"], sizes)
+
+
+def row_by_row(config: Config, sizes: Sequence[int]) -> np.ndarray:
+    """An ``Order`` for parts of equal size that take turns row by row."""
+    return interleaved(sizes[0], sizes)
+
+
+def interleaved(count: int, sizes: Sequence[int]) -> np.ndarray:
+    """Index ``[sum(sizes)]``: every part cut into ``count`` pieces, the first of all parts first.
+
+    Raises UnsupportedModelError where they do not divide.
+    """
+    import numpy as np
+
+    if any(size % count for size in sizes):
+        raise UnsupportedModelError(f"{list(sizes)} rows do not divide into {count} equal pieces")
+    starts = np.cumsum([0, *sizes[:-1]])
+    pieces = [
+        np.arange(size).reshape(count, -1) + start
+        for size, start in zip(sizes, starts, strict=True)
+    ]
+    return np.concatenate(pieces, axis=1).ravel()
