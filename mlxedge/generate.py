@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.engines.base import check_tokens
 from mlxedge.errors import TokenizerError, UsageError
-from mlxedge.ops import BACKENDS, default_backend
+from mlxedge.ops import default_backend
 from mlxedge.prepare import check_weights, prepare
 from mlxedge.sampling import Sampling
 from mlxedge.sources.checkpoint import Checkpoint
@@ -162,7 +162,13 @@ class Model:
     threads may use a model, each with its own session; their passes take turns.
     """
 
-    def __init__(self, checkpoint: Checkpoint, engine: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        engine: str,
+        threads: int | None,
+        context: int | None = None,
+    ) -> None:
         self.name = checkpoint.name
         self.config = checkpoint.config
         self.origin = checkpoint.origin
@@ -171,7 +177,7 @@ class Model:
         self._spec = checkpoint.tokenizer
         self._generation_config = checkpoint.generation_config
         self._tokenizer: Tokenizer | None = None
-        self.runner: Engine = _ENGINES[engine](checkpoint, self.context_length, threads)
+        self.runner: Engine = _ENGINES[engine](checkpoint, self.context_length, threads, context)
 
     @property
     def threads(self) -> int | None:
@@ -268,13 +274,16 @@ def load(
     backend: str | None = None,
     engine: str | None = None,
     threads: int | None = None,
+    context: int | None = None,
 ) -> Model:
     """Load a model for generation.
 
     ``path`` is whatever ``open_source`` takes, or a checkpoint, which is closed when its weights
     have been read. ``engine`` ("numpy" or "mlx"; ``backend`` means the same) is chosen by itself:
-    mlx-lm for folders on Apple silicon, mlxedge's own forward pass for the rest. ``threads`` is for
-    the latter; without it, all processors work.
+    mlx-lm for folders on Apple silicon, mlxedge's own forward pass for the rest; "llama.cpp" runs
+    GGUF files where xllamacpp is installed. ``threads`` is for these two; without it, all
+    processors work. ``context`` is how many tokens will be asked for at most, where an engine makes
+    room for them at the start (llama.cpp; by default 4096).
 
     Raises what ``open_source`` does, UnsupportedModelError, BackendError and UsageError.
     """
@@ -289,28 +298,37 @@ def load(
             # Our forward pass would take any weights with llama's names; mlx-lm knows its own.
             spec, checkpoint = prepare(checkpoint)
             check_weights(spec, checkpoint)
-        return Model(checkpoint, chosen, threads)
+        return Model(checkpoint, chosen, threads, context)
 
 
 def _choose(checkpoint: Checkpoint, asked: str | None) -> str:
     if asked is not None:
-        if asked not in BACKENDS:
-            raise UsageError(f"unknown engine {asked!r}: choose from {', '.join(BACKENDS)}")
+        if asked not in ENGINES:
+            raise UsageError(f"unknown engine {asked!r}: choose from {', '.join(ENGINES)}")
         return asked
     folder = checkpoint.origin.kind in ("hf", "mlx")
     return default_backend() if folder else "numpy"
 
 
-def _numpy(checkpoint: Checkpoint, context: int, threads: int | None) -> Engine:
+def _numpy(checkpoint: Checkpoint, context: int, threads: int | None, wanted: int | None) -> Engine:
     from mlxedge.engines.numpy_engine import NumpyEngine
 
     return NumpyEngine(checkpoint, threads)
 
 
-def _mlx(checkpoint: Checkpoint, context: int, threads: int | None) -> Engine:
+def _mlx(checkpoint: Checkpoint, context: int, threads: int | None, wanted: int | None) -> Engine:
     from mlxedge.engines.mlx_lm_engine import MlxLmEngine
 
     return MlxLmEngine(checkpoint, context)
 
 
-_ENGINES = {"numpy": _numpy, "mlx": _mlx}
+def _llama_cpp(
+    checkpoint: Checkpoint, context: int, threads: int | None, wanted: int | None
+) -> Engine:
+    from mlxedge.engines.llama_cpp_engine import LlamaCppEngine
+
+    return LlamaCppEngine(checkpoint, context, threads, wanted)
+
+
+_ENGINES = {"numpy": _numpy, "mlx": _mlx, "llama.cpp": _llama_cpp}
+ENGINES = tuple(_ENGINES)

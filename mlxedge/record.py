@@ -104,6 +104,18 @@ def recorded_fingerprint(output: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def source_files(output: Path) -> list[tuple[str, str]]:
+    """Names and SHA-256 of the files that an output was made of, by the record beside it; none
+    where there is no record, or not all of them are known."""
+    try:
+        record = json.loads(record_path(output).read_text(encoding="utf-8"))
+        found = [(entry["name"], entry["sha256"]) for entry in record["source"]["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    sound = all(isinstance(n, str) and re.fullmatch(r"[0-9a-f]{64}", str(h)) for n, h in found)
+    return found if sound else []
+
+
 def write_record(
     report: Report,
     result: OutputResult,

@@ -1,21 +1,25 @@
-"""Which records may stand beside each other.
+"""Which results may be ranked, and what their differences support.
 
-Two speeds compare devices only if the model, its quantization, the prompt and generation lengths
-and the engine are the same; anything else is a difference and is named.
+Two speeds compare devices only if the model, its quantization, the test and the engine's build are
+the same; what differs in one of these stands apart, and the difference is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-Record = dict[str, Any]
+from mlxedge.bench.record import Record
+from mlxedge.bench.results import Result
+from mlxedge.bench.statistics import Interval, mean_interval, ratio_interval
+from mlxedge.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What two or more records do not agree on; ``values`` has one text for each record."""
+    """What results do not agree on; ``values`` has one text for each, in their order."""
 
     what: str
     values: tuple[str, ...]
@@ -26,45 +30,124 @@ class Difference:
 
 
 def _of(section: str, key: str) -> Callable[[Record], Any]:
-    return lambda record: record[section].get(key)
-
-
-def _shape(record: Record) -> str:
-    settings = record["settings"]
-    return f"p{settings.get('prompt_tokens')} n{settings.get('generated_tokens')}"
+    return lambda record: record[section][key]
 
 
 def _hash(record: Record) -> str | None:
-    sha256 = record["model"].get("sha256")
+    sha256 = record["model"]["sha256"]
     return sha256[:12] if isinstance(sha256, str) else None
 
 
-def _version(package: str) -> Callable[[Record], Any]:
-    return lambda record: (record["engine"].get("versions") or {}).get(package)
+def _versions(record: Record) -> str | None:
+    known = sorted((k, v) for k, v in record["engine"]["versions"].items() if v and k != "python")
+    return ", ".join(f"{k} {v}" for k, v in known) or None
 
 
-#: What must agree.
+#: What must agree for two results to be ranked, beside the test.
 ASPECTS: dict[str, Callable[[Record], Any]] = {
+    "model": _of("model", "name"),
     "model hash": _hash,
     "quantization": _of("model", "quantization"),
-    "prompt and generation": _shape,
     "engine": _of("engine", "name"),
+    "engine build": _of("engine", "build"),
+    "versions": _versions,
     "processor": _of("engine", "processor"),
-    "mlxedge": lambda record: record.get("mlxedge"),
+    "neural accelerators": _of("engine", "neural_accelerators"),
 }
+#: Not by their name, which anyone may change, are models told apart.
+_SHOWN_ONLY = {"model"}
 
 
-def differences(records: Sequence[Record]) -> list[Difference]:
-    """What the records do not agree on; the versions of engines are compared package by package.
+@dataclass(frozen=True)
+class Row:
+    """One test of one result. ``roofline`` is the share of the speed that the device's nominal
+    memory bandwidth would allow (decode; ``None`` where one of the two is not known)."""
 
-    An unknown model hash agrees with nothing, not even with another.
-    """
-    aspects = dict(ASPECTS)
-    packages = {p: None for r in records for p in r["engine"].get("versions") or {}}
-    aspects |= {package: _version(package) for package in packages}
+    result: Result
+    test: Record
+
+    @property
+    def speeds(self) -> list[float]:
+        return [run["tokens_per_second"] for run in self.test["runs"]]
+
+    @property
+    def mean(self) -> float:
+        return float(self.test["tokens_per_second"]["mean"])
+
+    @property
+    def interval(self) -> Interval | None:
+        return mean_interval(self.speeds)
+
+    @property
+    def roofline(self) -> float | None:
+        return share_of_roofline(self.result.record, self.test)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Rows of one test that may be ranked, the fastest first. ``ties`` tells of each row after the
+    first whether no difference from the one before it is shown."""
+
+    test: str
+    rows: tuple[Row, ...]
+    ties: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Results that agree in all ``ASPECTS``; ``about`` says what these are."""
+
+    about: dict[str, str]
+    results: tuple[Result, ...]
+    rankings: tuple[Ranking, ...]
+
+
+def compare(results: Sequence[Result], *, force: bool = False) -> list[Group]:
+    """Groups of results that may be ranked; with ``force`` all are one."""
+    keys: dict[Any, list[Result]] = {}
+    for number, result in enumerate(results):
+        keys.setdefault("all" if force else _key(result.record, number), []).append(result)
+    return [_group(members) for members in keys.values()]
+
+
+def _key(record: Record, number: int) -> Any:
+    values = tuple(str(read(record)) for what, read in ASPECTS.items() if what not in _SHOWN_ONLY)
+    # A model without a hash may be any: it agrees with nothing, not even with another.
+    return values if record["model"]["sha256"] else (*values, number)
+
+
+def _group(results: Sequence[Result]) -> Group:
+    about = {}
+    for what, read in ASPECTS.items():
+        values = list(dict.fromkeys(_text(read(result.record)) for result in results))
+        about[what] = " / ".join(values)
+    tests: dict[tuple[str, int, int], list[Row]] = {}
+    for result in results:
+        for test in result.record["tests"]:
+            key = test["kind"], test["tokens"], test["depth"]
+            tests.setdefault(key, []).append(Row(result, test))
+    order = {"prefill": 0, "decode": 1}
+    ranked = sorted(tests, key=lambda key: (order[key[0]], key[2], key[1]))
+    return Group(about, tuple(results), tuple(_ranking(tests[key]) for key in ranked))
+
+
+def _ranking(rows: Sequence[Row]) -> Ranking:
+    ranked = sorted(rows, key=lambda row: -row.mean)
+    ties = [not differ(a, b) for a, b in pairwise(ranked)]
+    return Ranking(rows[0].test["name"], tuple(ranked), (False, *ties))
+
+
+def differ(one: Row, other: Row) -> bool:
+    """Whether the intervals of the means do not overlap; of too few runs nothing is shown."""
+    a, b = one.interval, other.interval
+    return a is not None and b is not None and not a.overlaps(b)
+
+
+def differences(results: Sequence[Result]) -> list[Difference]:
+    """What the results do not agree on."""
     found = []
-    for what, read in aspects.items():
-        values = [read(record) for record in records]
+    for what, read in ASPECTS.items():
+        values = [read(result.record) for result in results]
         unsure = what == "model hash" and None in values and len(values) > 1
         if unsure or any(value != values[0] for value in values):
             found.append(Difference(what, tuple(map(_text, values))))
@@ -75,9 +158,82 @@ def _text(value: Any) -> str:
     return "not available" if value is None else str(value)
 
 
-def ratio(record: Record, first: Record, part: str) -> float | None:
-    """The mean speed of ``part`` ("prefill", "decode") over that of ``first``."""
-    mine, theirs = record.get(part), first.get(part)
-    if mine is None or theirs is None:
+def share_of_roofline(record: Record, test: Record) -> float | None:
+    """Of a decode test: bytes read for a token · tokens per second / nominal memory bandwidth."""
+    read, bandwidth = record["model"]["bytes_per_token"], record["device"]["bandwidth_gb_s"]
+    if test["kind"] != "decode" or not read or not bandwidth:
         return None
-    return float(mine["mean"]) / float(theirs["mean"])
+    return float(test["tokens_per_second"]["mean"] * read / (bandwidth * 1e9))
+
+
+@dataclass(frozen=True)
+class Change:
+    """One test now against a baseline: ``ratio`` is the speed now over that before, with the
+    interval of that, ``None`` for too few runs. ``slower`` tells whether it is supported: the
+    interval lies below one, and the ratio below one less the bound."""
+
+    name: str
+    test: str
+    before: float
+    now: float
+    ratio: float
+    interval: Interval | None
+    slower: bool
+
+
+def against(
+    baseline: Sequence[Result], results: Sequence[Result], bound: float, *, force: bool = False
+) -> list[Change]:
+    """Every test of ``results`` that the baseline has too, for the same model, quantization, engine
+    and device, whatever the builds: those are what has changed. ``bound`` is a share (0.05).
+
+    Raises UsageError if there is none, or with another device unless ``force``.
+    """
+    found = []
+    other_devices = 0
+    for result in results:
+        for old in baseline:
+            if not _same_work(old.record, result.record):
+                continue
+            if not force and not _same_device(old.record, result.record):
+                other_devices += 1
+                continue
+            found += list(_changes(old, result, bound))
+            break
+    if found:
+        return found
+    if other_devices:
+        raise UsageError(
+            "the baseline was measured on another device, whose speeds tell nothing of a change "
+            "(--force compares them all the same)"
+        )
+    raise UsageError(
+        "the baseline has no test of the same model, quantization and engine to compare with"
+    )
+
+
+def _same_work(one: Record, other: Record) -> bool:
+    same = all(
+        read(one) == read(other)
+        for read in (_hash, _of("model", "quantization"), _of("engine", "name"))
+    )
+    known = one["model"]["sha256"] is not None
+    return same and (known or one["model"]["name"] == other["model"]["name"])
+
+
+def _same_device(one: Record, other: Record) -> bool:
+    keys = ("cpu", "gpu", "gpu_cores", "memory_bytes", "usable_processors")
+    return all(one["device"][key] == other["device"][key] for key in keys)
+
+
+def _changes(old: Result, new: Result, bound: float) -> Iterable[Change]:
+    before = {(t["kind"], t["tokens"], t["depth"]): Row(old, t) for t in old.record["tests"]}
+    for test in new.record["tests"]:
+        was = before.get((test["kind"], test["tokens"], test["depth"]))
+        if was is None:
+            continue
+        row = Row(new, test)
+        interval = ratio_interval(row.speeds, was.speeds)
+        ratio = row.mean / was.mean
+        slower = interval is not None and interval.high < 1 and ratio < 1 - bound
+        yield Change(new.name, test["name"], was.mean, row.mean, ratio, interval, slower)

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlxedge.bench.chips import chip_of
+
 _TIMEOUT = 10.0
 
 
@@ -71,11 +73,12 @@ def describe(system: System | None = None) -> dict[str, Any]:
 
     ``os``, ``machine``, ``cpu`` (brand), ``model`` (a Mac's, such as "Mac14,6"), ``cores`` and
     ``performance_cores`` (physical), ``usable_processors``, ``gpu``, ``gpu_cores``,
-    ``memory_bytes``, ``power_source`` ("AC" or "battery"), ``low_power_mode``. Unknown is ``None``.
+    ``memory_bytes``, ``bandwidth_gb_s`` (nominal, of chips that ``mlxedge.bench.chips`` knows),
+    ``low_power_mode``. Unknown is ``None``. There is no name of a machine or a person in it.
     """
     system = system or ThisSystem()
     asked = {"Darwin": _mac, "Linux": _linux}.get(system.name, _nothing)(system)
-    return {
+    found = {
         "os": f"{'macOS' if system.name == 'Darwin' else system.name} {system.release}".strip(),
         "machine": system.machine,
         "cpu": None,
@@ -86,10 +89,41 @@ def describe(system: System | None = None) -> dict[str, Any]:
         "gpu": None,
         "gpu_cores": None,
         "memory_bytes": None,
-        "power_source": None,
         "low_power_mode": None,
         **asked,
     }
+    chip = chip_of(found)
+    return found | {"bandwidth_gb_s": chip.bandwidth_gb_s if chip else None}
+
+
+def power_source(system: System) -> str | None:
+    """ "AC" or "battery"; ``None`` where the system does not say."""
+    if system.name == "Darwin":
+        text = system.run(["pmset", "-g", "batt"]) or ""
+        source = re.search(r"drawing from '(AC|Battery) Power'", text)
+        return {"AC": "AC", "Battery": "battery"}[source[1]] if source else None
+    for name in ("AC", "ACAD", "ADP0", "ADP1", "AC0"):
+        online = system.read(f"/sys/class/power_supply/{name}/online")
+        if online is not None and online.strip() in ("0", "1"):
+            return "AC" if online.strip() == "1" else "battery"
+    return None
+
+
+def neural_accelerators(device: dict[str, Any], mlx: str | None) -> bool | None:
+    """Whether MLX computes with the GPU's neural accelerators: by what its versions can do, for
+    nothing tells what it does. They came with M5, macOS 26.2 and MLX 0.30; ``None`` is not known.
+    """
+    chip = re.fullmatch(r"Apple M(\d+)(?: \w+)?", device.get("cpu") or "")
+    if chip is None or mlx is None:
+        return None if chip is None else False
+    system = re.match(r"macOS (\d+)(?:\.(\d+))?", device.get("os") or "")
+    version = re.match(r"(\d+)\.(\d+)", mlx)
+    if system is None or version is None:
+        return None
+    release = int(system[1]), int(system[2] or 0)
+    return (
+        int(chip[1]) >= 5 and release >= (26, 2) and (int(version[1]), int(version[2])) >= (0, 30)
+    )
 
 
 def _nothing(system: System) -> dict[str, Any]:
@@ -107,8 +141,6 @@ def _mac(system: System) -> dict[str, Any]:
         return int(text) if text and text.isdigit() else None
 
     gpu, gpu_cores = _mac_gpu(system.run(["system_profiler", "SPDisplaysDataType", "-json"]))
-    battery = system.run(["pmset", "-g", "batt"]) or ""
-    source = re.search(r"drawing from '(AC|Battery) Power'", battery)
     saving = re.search(
         r"^\s*lowpowermode\s+([01])", system.run(["pmset", "-g"]) or "", re.MULTILINE
     )
@@ -120,7 +152,6 @@ def _mac(system: System) -> dict[str, Any]:
         "gpu": gpu,
         "gpu_cores": gpu_cores,
         "memory_bytes": number("hw.memsize"),
-        "power_source": {"AC": "AC", "Battery": "battery"}[source[1]] if source else None,
         "low_power_mode": saving[1] == "1" if saving else None,
     }
 

@@ -1,20 +1,8 @@
 """A benchmark's record: what was measured, on what, with what.
 
-A JSON object with ``"kind": "mlxedge-bench"`` and ``"schema": 1``:
-
-- ``created`` (UTC), ``mlxedge`` (version)
-- ``device``: ``mlxedge.bench.device.describe``
-- ``model``: name, file, repo and revision (on the Hub), format, architecture, sha256, bytes,
-  weight_bytes, parameters, bits_per_weight, quantization. The hash of a folder is that of the list
-  of its weight files, one line ``sha256  name`` each, sorted by name.
-- ``engine``: name, processor ("cpu" or "gpu"), threads, versions
-- ``settings``: prompt_tokens, generated_tokens, repeats, warmups
-- ``load_seconds``, ``peak_memory_bytes``
-- ``prefill``, ``decode``: ``null`` if not measured, else tokens, seconds (every single run),
-  tokens_per_second (every single run), mean, stddev (``null`` for one run), median, drift (last run
-  over first, less one)
-
-What could not be found out is ``null``.
+``record.schema.json`` beside this file is the published schema (JSON Schema 2020-12) and says what
+every field means. What could not be found out is ``null``. There is no name of a host, a user or a
+folder in a record, so that it can be shared as it is.
 """
 
 from __future__ import annotations
@@ -23,89 +11,170 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxedge.errors import (
-    CorruptFileError,
-    OutputExistsError,
-    SourceNotFoundError,
-    UsageError,
-)
+from mlxedge.bench.device import neural_accelerators
+from mlxedge.bench.statistics import DRIFT_BOUND, drift, percentile, summarise
+from mlxedge.errors import CorruptFileError, OutputExistsError, UsageError
 from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
-    from mlxedge.bench.measure import Measurement, Series
+    from mlxedge.bench.measure import Measurement, Test
+    from mlxedge.bench.sensors import Conditions
     from mlxedge.inspect import Inspection
 
+Record = dict[str, Any]
+
 KIND = "mlxedge-bench"
-SCHEMA = 1
+SCHEMA = 2
 #: The packages whose versions can change a speed, by engine.
 PACKAGES = {
     "numpy": ("numpy", "numba", "llvmlite"),
     "mlx": ("mlx", "mlx-lm", "mlx-metal", "mlx-cpu"),
+    "llama.cpp": ("xllamacpp",),
+    "llama-bench": (),
+    "onnxruntime": ("onnxruntime-genai", "onnxruntime"),
 }
-_LARGEST = 1 << 26
 
 
 def make_record(
-    found: Inspection, measured: Measurement, device: dict[str, Any], sha256: str
-) -> dict[str, Any]:
-    """The record of one model's run."""
-    bits = found.bits_per_weight
+    model: Mapping[str, Any], measured: Measurement, device: Mapping[str, Any]
+) -> Record:
+    """The record of one model's run; ``model`` is :func:`describe_model`'s."""
+    found = versions(measured.engine)
+    settings = measured.settings
     return {
         "kind": KIND,
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "mlxedge": VERSION,
-        "device": device,
-        "model": {
-            "name": found.name,
-            "file": found.path.name if found.path else None,
-            "repo": found.repo,
-            "revision": found.revision,
-            "format": found.kind,
-            "architecture": found.architecture,
-            "sha256": sha256,
-            "bytes": found.disk_bytes,
-            "weight_bytes": found.weight_bytes,
-            "parameters": found.parameters,
-            "bits_per_weight": None if bits is None else round(bits, 4),
-            "quantization": found.quantization,
-        },
+        "device": dict(device),
+        "model": dict(model),
         "engine": {
             "name": measured.engine,
+            "build": measured.build,
             "processor": measured.processor,
             "threads": measured.threads,
-            "versions": versions(measured.engine),
+            "versions": found,
+            "neural_accelerators": (
+                neural_accelerators(dict(device), found.get("mlx"))
+                if measured.engine == "mlx"
+                else None
+            ),
         },
         "settings": {
-            "prompt_tokens": measured.prompt_tokens,
-            "generated_tokens": measured.generated_tokens,
-            "repeats": measured.repeats,
-            "warmups": measured.warmups,
+            "prompt_tokens": settings.prompt_tokens,
+            "generated_tokens": settings.generated_tokens,
+            "depths": list(settings.depths),
+            "repeats": settings.repeats,
+            "warmups": settings.warmups,
+            "cooldown_seconds": settings.cooldown_seconds,
+            "drift_bound": DRIFT_BOUND,
         },
-        "load_seconds": round(measured.load_seconds, 6),
+        "conditions": {
+            "before": _conditions(measured.before),
+            "after": _conditions(measured.after),
+        },
+        "load_seconds": _rounded(measured.load_seconds, 6),
         "peak_memory_bytes": measured.peak_memory_bytes,
-        "prefill": _series(measured.prefill),
-        "decode": _series(measured.decode),
+        "peak_gpu_memory_bytes": measured.peak_gpu_memory_bytes,
+        "energy_source": measured.energy_source,
+        "tests": [describe_test(test) for test in measured.tests],
     }
 
 
-def _series(series: Series | None) -> dict[str, Any] | None:
-    if series is None:
+def describe_model(found: Inspection, sha256: str, source: str | None = None) -> dict[str, Any]:
+    """The model part of a record; ``source`` is :func:`source_sha256`'s."""
+    bits = found.bits_per_weight
+    return {
+        "name": found.name,
+        "file": found.path.name if found.path else None,
+        "repo": found.repo,
+        "revision": found.revision,
+        "format": found.kind,
+        "architecture": found.architecture,
+        "sha256": sha256,
+        "source_sha256": source,
+        "bytes": found.disk_bytes,
+        "weight_bytes": found.weight_bytes,
+        "parameters": found.parameters,
+        "bits_per_weight": _rounded(bits, 4),
+        "quantization": found.quantization,
+    }
+
+
+def describe_test(test: Test) -> dict[str, Any]:
+    """One test with all its runs, and what they come to."""
+    joules = [run.joules for run in test.runs]
+    known = [j for j in joules if j is not None]
+    energy = sum(known) / len(known) if known and len(known) == len(joules) else None
+    return {
+        "name": test.name,
+        "kind": test.kind,
+        "tokens": test.tokens,
+        "depth": test.depth,
+        "runs": [
+            {
+                "seconds": _rounded(run.seconds, 9),
+                "started": _rounded(run.started, 6),
+                "tokens_per_second": _rounded(speed, 4),
+                "joules": _rounded(run.joules, 6),
+                "token_seconds": [_rounded(s, 9) for s in run.token_seconds],
+            }
+            for run, speed in zip(test.runs, test.speeds, strict=True)
+        ],
+        **describe_speeds(
+            test.kind,
+            test.speeds,
+            [run.seconds for run in test.runs],
+            [s for run in test.runs for s in run.token_seconds[1:]],
+        ),
+        "joules": _rounded(energy, 6),
+        "tokens_per_joule": _rounded(test.tokens / energy, 6) if energy else None,
+    }
+
+
+def describe_speeds(
+    kind: str, speeds: Sequence[float], seconds: Sequence[float], between: Sequence[float] = ()
+) -> dict[str, Any]:
+    """What a test's runs come to: their ``speeds`` (tokens per second), their ``seconds``, and
+    those ``between`` tokens, if they are known."""
+    moved = drift(speeds)
+    return {
+        "tokens_per_second": {k: _rounded(v, 4) for k, v in summarise(speeds).items()},
+        "ttft_seconds": _latencies(seconds if kind == "prefill" else ()),
+        "inter_token_seconds": _latencies(between),
+        "joules": None,
+        "tokens_per_joule": None,
+        "drift": _rounded(moved, 6),
+        "drifted": moved is not None and abs(moved) > DRIFT_BOUND,
+    }
+
+
+def _latencies(seconds: Sequence[float]) -> dict[str, float | None] | None:
+    if not seconds:
         return None
     return {
-        "tokens": series.tokens,
-        "seconds": [round(s, 9) for s in series.seconds],
-        "tokens_per_second": [round(s, 4) for s in series.speeds],
-        "mean": round(series.mean, 4),
-        "stddev": None if series.stddev is None else round(series.stddev, 4),
-        "median": round(series.median, 4),
-        "drift": round(series.drift, 6),
+        "median": _rounded(percentile(seconds, 0.5), 9),
+        "p95": _rounded(percentile(seconds, 0.95), 9),
     }
+
+
+def _conditions(found: Conditions) -> dict[str, Any]:
+    return {
+        "power_source": found.power_source,
+        "temperature_c": found.temperature_c,
+        "thermal_state": found.thermal_state,
+    }
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def versions(engine: str) -> dict[str, str | None]:
@@ -119,8 +188,9 @@ def versions(engine: str) -> dict[str, str | None]:
     return found
 
 
-def model_sha256(path: Path) -> str:
-    """The hash of a GGUF file, or of a folder's weight files (see the top of this module)."""
+def model_sha256(path: Path, files: Sequence[Path] | None = None) -> str:
+    """The hash of a file; of a folder that of the list of its weight files (or of ``files``), one
+    line ``sha256  name`` each, sorted by name."""
     from mlxedge.record import known_sha256, sha256_file
     from mlxedge.sources.folder import find_shards
 
@@ -129,20 +199,38 @@ def model_sha256(path: Path) -> str:
 
     if path.is_file():
         return of(path)
-    files = find_shards(path).files
+    files = find_shards(path).files if files is None else files
     lines = "".join(f"{of(f)}  {f.name}\n" for f in sorted(files, key=lambda f: f.name))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def file_name(record: dict[str, Any]) -> str:
+def source_sha256(path: Path) -> str | None:
+    """Of a model that mlxedge converted, what tells its source apart: the hash of the list of the
+    source's weight files, one line ``sha256  name`` each, sorted by name; from the conversion's
+    record beside it."""
+    from mlxedge.record import source_files
+
+    weights = [
+        (name, sha256)
+        for name, sha256 in source_files(path)
+        if name.endswith((".safetensors", ".gguf"))
+    ]
+    if not weights:
+        return None
+    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(weights))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def file_name(record: Record) -> str:
     """``MODEL-ENGINE-YYYYMMDDTHHMMSS.json``."""
     model = record["model"]
-    stem = Path(model["file"]).stem if model["format"] == "gguf" else model["name"]
+    file = model.get("file")
+    stem = Path(file).stem if model.get("format") == "gguf" and file else model["name"]
     stamp = "".join(c for c in record["created"][:19] if c.isalnum())
     return f"{stem}-{record['engine']['name']}-{stamp}.json"
 
 
-def save_records(records: Sequence[dict[str, Any]], out: Path) -> list[Path]:
+def save_records(records: Sequence[Record], out: Path) -> list[Path]:
     """Write records to ``out``: a new .json file (a list if there are several), or a folder, which
     gets a file of each. Without records it only checks that ``out`` can be written.
 
@@ -181,64 +269,35 @@ def _unused(path: Path) -> Path:
     return found
 
 
-def read_records(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
-    """Records by the name to show: files of one record or a list of them, and folders of such.
-
-    Raises SourceNotFoundError, CorruptFileError for what is no record, and UsageError for a record
-    of another schema.
-    """
-    found: list[tuple[str, dict[str, Any]]] = []
-    for path in paths:
-        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-        if not files:
-            raise SourceNotFoundError(f"{path}: no .json files in this folder")
-        for file in files:
-            records = _load(file)
-            for i, record in enumerate(records):
-                name = file.stem if len(records) == 1 else f"{file.stem}[{i}]"
-                found.append((name, record))
+@cache
+def schema() -> dict[str, Any]:
+    """The published schema of a record."""
+    text = resources.files("mlxedge.bench").joinpath("record.schema.json").read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
-def _load(path: Path) -> list[dict[str, Any]]:
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise CorruptFileError(path, "too large for a benchmark record")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise SourceNotFoundError(f"{path}: no such file") from error
-    except OSError as error:
-        raise SourceNotFoundError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(path, f"not JSON: {error}") from error
-    records = value if isinstance(value, list) else [value]
-    if not records:
-        raise CorruptFileError(path, "holds no record")
-    for record in records:
-        _check(path, record)
-    return records
+@cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(schema())
 
 
-_SECTIONS = ("device", "model", "engine", "settings")
+def check_record(where: str | Path, record: Any) -> Record:
+    """``record``, if it has the shape that this module writes.
 
-
-def _check(path: Path, record: Any) -> None:
-    """Raise unless ``record`` has the shape that this module writes."""
+    Raises CorruptFileError for what is none, and UsageError for one of another schema.
+    """
     if not isinstance(record, dict) or record.get("kind") != KIND:
-        raise CorruptFileError(path, "not a record of mlxedge bench")
+        raise CorruptFileError(where, "not a record of mlxedge bench")
     if record.get("schema") != SCHEMA:
         raise UsageError(
-            f"{path}: schema {record.get('schema')!r}; this version reads {SCHEMA}: measure again, "
-            "or use the version that wrote it"
+            f"{where}: schema {str(record.get('schema'))[:20]}; this version reads {SCHEMA}: "
+            "measure again, or use the version that wrote it"
         )
-    for name in _SECTIONS:
-        if not isinstance(record.get(name), dict):
-            raise CorruptFileError(path, f"the record has no {name}")
-    for name in ("prefill", "decode"):
-        part = record.get(name)
-        if part is not None and not (isinstance(part, dict) and _is_speed(part.get("mean"))):
-            raise CorruptFileError(path, f"{name} of the record makes no sense")
-
-
-def _is_speed(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e12
+    error = next(_validator().iter_errors(record), None)
+    if error is not None:
+        place = "/".join(map(str, error.absolute_path)) or "the record"
+        raise CorruptFileError(where, f"{place[:80]} makes no sense: {error.message[:160]}")
+    return record

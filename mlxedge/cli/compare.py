@@ -1,123 +1,225 @@
-"""``mlxedge compare``, and the table that bench shows too."""
+"""``mlxedge compare``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from mlxedge.bench.compare import Change, Group
+    from mlxedge.bench.results import Result
+
+
+class _Percent(click.ParamType):
+    """``5%`` or ``5``."""
+
+    name = "PERCENT"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            found = float(str(value).removesuffix("%")) / 100
+        except ValueError:
+            self.fail(f"{value!r} is not a percentage such as 5%", param, ctx)
+        if not 0 <= found < 1:
+            self.fail("a slowdown is between 0% and 100%", param, ctx)
+        return found
+
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("places", nargs=-1, required=True, metavar="RESULTS...")
+@click.option("--baseline", metavar="RESULTS",
+              help="Compare every test with that of these earlier results.")  # fmt: skip
+@click.option("--fail-below", type=_Percent(), metavar="PERCENT",
+              help="With --baseline: exit with 1 if a test is slower than before by more than "
+              "this, and the runs support that it is.")  # fmt: skip
+@click.option("--reference", is_flag=True,
+              help="Show the published results of M1 to M5 beside them.")  # fmt: skip
 @click.option("--force", is_flag=True,
-              help="Show records that differ in more than the device, with a warning.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
-def command(files: tuple[Path, ...], force: bool, as_json: bool) -> None:
-    """Compare records that bench wrote: FILES, or folders of them.
+              help="Rank what differs in more than the device, with a warning.")  # fmt: skip
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write a page of tables and charts, which needs no network.")  # fmt: skip
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write the chart of speeds.")  # fmt: skip
+@click.option("--png", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write the chart of speeds (needs mlxedge[png]).")  # fmt: skip
+@click.option("--json", "form", flag_value="json", help="Print the comparison as JSON.")
+@click.option("--md", "form", flag_value="md", help="Print the tables as Markdown.")
+@click.option("--csv", "form", flag_value="csv", help="Print every run as a line of CSV.")
+def command(
+    places: tuple[str, ...],
+    baseline: str | None,
+    fail_below: float | None,
+    reference: bool,
+    force: bool,
+    html: Path | None,
+    svg: Path | None,
+    png: Path | None,
+    form: str | None,
+) -> None:
+    """Compare results by device: files, folders, addresses of files, datasets on the Hub.
 
-    Speeds are set side by side only if model hash, quantization, prompt and generation lengths and
-    the engine with its versions are the same; otherwise the differences are named and the exit
-    status is 2, unless --force is given.
+    RESULTS are records that bench wrote, llama-bench's or LocalScore's JSON, or what
+    mlx_lm.benchmark printed. Ranked are only those that agree in model hash, quantization, test and
+    the engine with its build; what differs in one of these stands apart, and the difference is
+    named. Intervals are those of 95 %; where they overlap no difference is shown.
     """
-    from mlxedge.bench.compare import differences, ratio
-    from mlxedge.bench.record import read_records
+    from mlxedge.bench.compare import compare, differences
+    from mlxedge.bench.results import read_results
+    from mlxedge.bench.tables import to_csv
     from mlxedge.cli import ui
-    from mlxedge.errors import UsageError
 
-    named = read_records(files)
-    records = [record for _, record in named]
-    found = differences(records)
-    if found and not force:
-        raise UsageError(
-            f"these records differ in {'; '.join(map(str, found))}: their speeds do not compare "
-            "(--force shows them all the same)"
-        )
-    if as_json:
-        ui.print_json(
+    if fail_below is not None and baseline is None:
+        raise click.UsageError("--fail-below needs --baseline.")
+    results = read_results(places)
+    if baseline is not None:
+        _against(read_results([baseline]), results, fail_below, force, form)
+        return
+    groups = compare(results, force=force)
+    found = differences(results)
+    _write(results, groups, html, svg, png, reference)
+    if form == "json":
+        ui.print_json(_as_json(groups, [str(d) for d in found]))
+        return
+    if form == "csv":
+        click.echo(to_csv(result.record for result in results), nl=False)
+        return
+    _show(groups, form)
+    if found and force:
+        for difference in found:
+            ui.warn(f"ranked by force, though they differ in {difference}")
+    elif len(groups) > 1:
+        for difference in found:
+            ui.note(f"not ranked together, since they differ in {difference}")
+    if reference:
+        _reference(form)
+
+
+def _write(
+    results: Sequence[Result],
+    groups: Sequence[Group],
+    html: Path | None,
+    svg: Path | None,
+    png: Path | None,
+    reference: bool,
+) -> None:
+    from mlxedge.bench import report
+    from mlxedge.cli import ui
+
+    for path, make in (
+        (html, lambda: report.page(results, groups, reference=reference).encode()),
+        (svg, lambda: report.bars(groups).encode()),
+        (png, lambda: report.to_png(report.bars(groups))),
+    ):
+        if path is not None:
+            report.write(path, make())
+            ui.note(f"written: {path}")
+
+
+def _show(groups: Sequence[Group], form: str | None) -> None:
+    from mlxedge.bench import tables
+    from mlxedge.cli import ui
+
+    for number, group in enumerate(groups):
+        headers, rows = tables.ranked(group)
+        if form == "md":
+            click.echo(f"**{tables.about(group)}**\n")
+            click.echo(tables.to_markdown((headers, rows)))
+            continue
+        if number:
+            click.echo()
+        click.echo(ui.printable(tables.about(group)))
+        ui.table(headers, [[ui.printable(cell) for cell in row] for row in rows])
+
+
+def _reference(form: str | None) -> None:
+    from mlxedge.bench import chips, tables
+    from mlxedge.cli import ui
+
+    table = tables.reference(chips.chips())
+    title = f"published results of {chips.REFERENCE_MODEL}: not of these builds, so not ranked"
+    click.echo()
+    if form == "md":
+        click.echo(f"**{title}**\n")
+        click.echo(tables.to_markdown(table), nl=False)
+        return
+    click.echo(title)
+    ui.table(*table)
+
+
+def _against(
+    baseline: Sequence[Result],
+    results: Sequence[Result],
+    bound: float | None,
+    force: bool,
+    form: str | None,
+) -> None:
+    from mlxedge.bench import tables
+    from mlxedge.bench.compare import against
+    from mlxedge.cli import ui
+
+    changes = against(baseline, results, bound or 0.0, force=force)
+    table = tables.changes(changes)
+    if form == "json":
+        ui.print_json([_change(change) for change in changes])
+    elif form == "md":
+        click.echo(tables.to_markdown(table), nl=False)
+    else:
+        ui.table(table[0], [[ui.printable(cell) for cell in row] for row in table[1]])
+    slower = [change for change in changes if change.slower]
+    if bound is not None and slower:
+        for change in slower:
+            ui.note(
+                f"slower: {change.test} of {ui.printable(change.name)} runs at "
+                f"{change.ratio:.1%} of its speed before"
+            )
+        raise SystemExit(1)
+
+
+def _change(change: Change) -> dict[str, Any]:
+    interval = change.interval
+    return {
+        "name": change.name,
+        "test": change.test,
+        "before": change.before,
+        "now": change.now,
+        "ratio": change.ratio,
+        "interval": None if interval is None else [interval.low, interval.high],
+        "slower": change.slower,
+    }
+
+
+def _as_json(groups: Sequence[Group], differing: list[str]) -> dict[str, Any]:
+    return {
+        "differences": differing,
+        "groups": [
             {
-                "differences": [{"what": d.what, "values": list(d.values)} for d in found],
-                "records": [
+                "about": group.about,
+                "results": [{"name": r.name, **r.record} for r in group.results],
+                "rankings": [
                     {
-                        "name": name,
-                        **record,
-                        "ratio": {p: ratio(record, records[0], p) for p in ("prefill", "decode")},
+                        "test": ranking.test,
+                        "rows": [
+                            {
+                                "result": row.result.name,
+                                "tokens_per_second": row.mean,
+                                "interval": (
+                                    [row.interval.low, row.interval.high] if row.interval else None
+                                ),
+                                "ratio": row.mean / ranking.rows[0].mean,
+                                "no_difference_shown": tied,
+                                "roofline": row.roofline,
+                            }
+                            for row, tied in zip(ranking.rows, ranking.ties, strict=True)
+                        ],
                     }
-                    for name, record in named
+                    for ranking in group.rankings
                 ],
             }
-        )
-        return
-    for difference in found:
-        ui.warn(f"differs: {difference}")
-    show_table(named, ratios=not found and len(named) > 1)
-
-
-def show_table(
-    named: Sequence[tuple[str, dict[str, Any]]], *, ratios: bool = False, record_name: bool = True
-) -> None:
-    """Records below each other; ``ratios`` adds each speed over that of the first."""
-    from mlxedge.cli import ui
-
-    headers = ["record", "device", "model", "quantization", "engine", "test", "tokens/s", "drift"]
-    first = 0 if record_name else 1
-    last = None if ratios else -1
-    ui.table(
-        [*headers, "ratio"][first:last],
-        [
-            [ui.printable(cell) for cell in row][first:last]
-            for name, record in named
-            for row in _rows(name, record, named[0][1])
+            for group in groups
         ],
-    )
-
-
-def _rows(name: str, record: dict[str, Any], first: dict[str, Any]) -> list[list[str]]:
-    from mlxedge.bench.compare import ratio
-
-    engine = record["engine"]
-    threads = engine.get("threads")
-    shared = [
-        name,
-        device_name(record["device"]),
-        str(record["model"].get("name")),
-        str(record["model"].get("quantization") or "not available"),
-        f"{engine.get('name')}, {threads} threads" if threads else _engine(engine),
-    ]
-    rows = []
-    for part, letter in (("prefill", "pp"), ("decode", "tg")):
-        series = record.get(part)
-        if series is None:
-            continue
-        spread = series.get("stddev")
-        speed = f"{series['mean']:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
-        drift = series.get("drift")
-        factor = ratio(record, first, part)
-        rows.append(
-            [
-                *shared,
-                f"{letter}{series.get('tokens')}",
-                speed,
-                f"{100 * drift:+.1f} %" if drift is not None else "-",
-                f"{factor:.2f}" if factor is not None else "-",
-            ]
-        )
-    return rows
-
-
-def _engine(engine: dict[str, Any]) -> str:
-    name, processor = engine.get("name"), engine.get("processor")
-    return f"{name}, {processor}" if processor else str(name)
-
-
-def device_name(device: dict[str, Any]) -> str:
-    """``Apple M2 Max, 30 GPU cores, 32 GB`` or what is known of it."""
-    cores, memory = device.get("gpu_cores"), device.get("memory_bytes")
-    processors = device.get("usable_processors")
-    parts = [
-        device.get("cpu") or device.get("machine") or "not available",
-        f"{cores} GPU cores" if cores else f"{processors} processors" if processors else None,
-        f"{memory / 2**30:.0f} GiB" if memory else None,
-    ]
-    return ", ".join(p for p in parts if p)
+    }

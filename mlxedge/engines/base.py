@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlxedge.errors import UsageError
@@ -11,6 +12,16 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mlxedge.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class About:
+    """What computes: ``processor`` "cpu" or "gpu", ``build`` as the engine names its own, and the
+    most memory that it has had on a GPU so far, ``None`` if there is none or it does not say."""
+
+    processor: str
+    build: str | None
+    peak_gpu_bytes: int | None = None
 
 
 class Engine(Protocol):
@@ -32,6 +43,9 @@ class Engine(Protocol):
 
     def run(self, tokens: Sequence[int], state: Any, results: int) -> np.ndarray:
         """Append ``tokens`` (at least one); logits f32 ``[results, vocab]`` of the last ones."""
+
+    def about(self) -> About:
+        """What computes, and as which build."""
 
     def generate(
         self, tokens: Sequence[int], state: Any, sampling: Sampling, most: int

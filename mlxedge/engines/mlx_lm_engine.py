@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxedge.engines.base import check_tokens
+from mlxedge.engines.base import About, check_tokens
 from mlxedge.errors import BackendError, UsageError
 from mlxedge.models import spec_for
 from mlxedge.sampling import Sampling
@@ -130,6 +131,14 @@ class MlxLmEngine:
         for length, (token, _) in enumerate(steps, state.length + len(tokens)):
             state.length = length
             yield int(token)
+
+    def about(self) -> About:
+        import mlx.core as mx
+
+        gpu = mx.default_device().type == mx.gpu
+        versions = (importlib.metadata.version(name) for name in ("mlx", "mlx-lm"))
+        build = ", ".join(f"{n} {v}" for n, v in zip(("mlx", "mlx-lm"), versions, strict=True))
+        return About("gpu" if gpu else "cpu", build, mx.get_peak_memory() if gpu else None)
 
     def close(self) -> None:
         del self._model

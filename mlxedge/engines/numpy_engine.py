@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxedge.engines.base import check_tokens
+from mlxedge.engines.base import About, check_tokens
 from mlxedge.models.decoder import Decoder
 from mlxedge.sampling import Sampler, Sampling
+from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint
@@ -67,6 +68,9 @@ class NumpyEngine:
             token = sampler.choose(self.run(fed, state, 1)[0])
             yield token
             fed = [token]
+
+    def about(self) -> About:
+        return About("cpu", f"mlxedge {VERSION}")
 
     def close(self) -> None:
         self._decoder.close()

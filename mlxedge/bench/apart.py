@@ -1,0 +1,136 @@
+"""Measures in a process of its own, so that memory, caches and threads of one measurement do not
+touch the next, and what loads is loaded anew.
+
+The child is ``python -m mlxedge.bench.apart``: it gets a job as JSON on stdin, and says on stdout,
+a line of JSON each, how far it is and what it found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxedge import errors
+from mlxedge.bench.measure import Measurement, ProgressHook, Run, Settings, Test, measure
+from mlxedge.bench.sensors import Conditions
+
+#: Begins the lines that are ours: what an engine prints has none.
+_MARK = "\x1emlxedge "
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure: a local path."""
+
+    source: str
+    engine: str
+    threads: int | None
+    settings: Settings
+
+
+def measure_apart(job: Job, progress: ProgressHook | None = None) -> Measurement:
+    """:func:`~mlxedge.bench.measure.measure` in a new process; raises what it raises there, and
+    BackendError if it dies."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mlxedge.bench.apart"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        with contextlib.suppress(BrokenPipeError):  # it died; its status tells
+            child.stdin.write(json.dumps(asdict(job)))
+            child.stdin.close()
+        found: Measurement | None = None
+        for line in child.stdout:
+            if not line.startswith(_MARK):
+                continue
+            said = json.loads(line.removeprefix(_MARK))
+            if "progress" in said and progress is not None:
+                progress(*said["progress"])
+            elif "error" in said:
+                raise _error(said["error"])
+            elif "found" in said:
+                found = _measurement(said["found"])
+        status = child.wait()
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    if found is None:
+        assert child.stderr is not None
+        said = [line for line in child.stderr.read().splitlines() if line.strip()][-1:]
+        raise errors.BackendError(
+            f"engine {job.engine} ended with status {status} while it was measured"
+            + (f": {said[0][:300]}" if said else "")
+        )
+    return found
+
+
+def _error(said: dict[str, str]) -> errors.MlxedgeError:
+    kind = getattr(errors, said["kind"], errors.BackendError)
+    made = errors.MlxedgeError.__new__(kind)
+    Exception.__init__(made, said["message"])
+    return made
+
+
+def _measurement(said: dict[str, Any]) -> Measurement:
+    settings = said["settings"] | {"depths": tuple(said["settings"]["depths"])}
+    tests = tuple(
+        Test(
+            test["kind"],
+            test["tokens"],
+            test["depth"],
+            tuple(
+                Run(r["seconds"], r["started"], tuple(r["token_seconds"]), r["joules"])
+                for r in test["runs"]
+            ),
+        )
+        for test in said["tests"]
+    )
+    return Measurement(
+        **said
+        | {
+            "settings": Settings(**settings),
+            "before": Conditions(**said["before"]),
+            "after": Conditions(**said["after"]),
+            "tests": tests,
+        }
+    )
+
+
+def _say(**what: Any) -> None:
+    sys.stdout.write(f"{_MARK}{json.dumps(what)}\n")
+    sys.stdout.flush()
+
+
+def _work() -> int:
+    job = json.loads(sys.stdin.read())
+    settings = Settings(**job["settings"] | {"depths": tuple(job["settings"]["depths"])})
+    try:
+        found = measure(
+            Path(job["source"]),
+            settings,
+            engine=job["engine"],
+            threads=job["threads"],
+            progress=lambda done, total, name: _say(progress=[done, total, name]),
+        )
+    except errors.MlxedgeError as error:
+        _say(error={"kind": type(error).__name__, "message": str(error)})
+        return 0
+    _say(found=asdict(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_work())
