@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlxedge.encodings import Affine, Encoding, MlxFloat, Plain
+from mlxedge.errors import UnsupportedEncodingError
 from mlxedge.fallback.plain import cast
 from mlxedge.ops import Feedback, Parts
 
@@ -56,7 +57,9 @@ def encode(
     if isinstance(encoding, Plain):
         exact: Parts = _load("plain").encode(weights, encoding)
         return exact
-    name = _FAMILIES.get(type(encoding)) or _NAMES[encoding.name]
+    name = _FAMILIES.get(type(encoding)) or _NAMES.get(encoding.name)
+    if name is None:
+        raise UnsupportedEncodingError(f"{encoding} can only be read")
     wide = np.ascontiguousarray(cast(weights, "f32"))
     found: Parts = _load(name).search(wide, encoding, importance)
     if feedback is None:

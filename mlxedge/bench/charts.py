@@ -7,13 +7,14 @@ title for those who do not see it.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from mlxedge.bench.statistics import Interval
 
-_WIDTH = 680
+_WIDTH, _MARGIN = 680, 12
 _STYLE = """
 svg{font:13px system-ui,-apple-system,"Segoe UI",sans-serif;max-width:100%;height:auto}
 .ink{fill:#1c1d21}.dim{fill:#5b5e66}.line{stroke:#c9ccd3}.bar{fill:#3a6fd8}.whisker{stroke:#1c1d21}
@@ -55,13 +56,15 @@ class Line:
 def bars(title: str, sections: Sequence[tuple[str, Sequence[Bar]]], unit: str) -> str:
     """Horizontal bars with whiskers for their intervals, in sections each with a scale of its own
     that starts at zero."""
-    parts, y = [_text(0, 16, title, "ink", bold=True)], 34.0
+    parts, y = _heading(title)
+    y += 14
     for heading, rows in sections:
         parts.append(_text(0, y + 12, f"{heading}, {unit}", "dim"))
         y += 22
         most = max(max(r.value, r.interval.high if r.interval else 0.0) for r in rows)
         # A whisker far beyond the bars would leave no room for them.
-        scale = (_WIDTH - 150) / min(most, 2.5 * max(r.value for r in rows))
+        room = _WIDTH - (230 if any(r.note for r in rows) else 100)
+        scale = room / min(most, 2.5 * max(r.value for r in rows))
         for row in rows:
             parts.append(_text(0, y + 12, row.label, "ink"))
             y += 17
@@ -72,7 +75,7 @@ def bars(title: str, sections: Sequence[tuple[str, Sequence[Bar]]], unit: str) -
             end = width
             if row.interval is not None:
                 low, high = (
-                    min(max(v, 0.0) * scale, _WIDTH - 140.0)
+                    min(max(v, 0.0) * scale, float(room))
                     for v in (row.interval.low, row.interval.high)
                 )
                 end = max(end, high)
@@ -84,6 +87,15 @@ def bars(title: str, sections: Sequence[tuple[str, Sequence[Bar]]], unit: str) -
     return _svg(title, parts, y)
 
 
+def _heading(title: str) -> tuple[list[str], float]:
+    """A title in as many lines as it needs, and where it ends."""
+    parts, y = [], 0.0
+    for line in textwrap.wrap(title, 84) or [""]:
+        y += 18
+        parts.append(_text(0, y, line, "ink", bold=True))
+    return parts, y
+
+
 def _whisker(low: float, high: float, y: float) -> str:
     path = f"M{low:.1f} {y - 4}v8M{low:.1f} {y}H{high:.1f}M{high:.1f} {y - 4}v8"
     return f'<path class="whisker" d="{path}" fill="none"/>'
@@ -92,11 +104,11 @@ def _whisker(low: float, high: float, y: float) -> str:
 def scatter(title: str, points: Sequence[Point], bytes_per_token: float) -> str:
     """Memory bandwidth (GB/s) against decode speed (tokens/s), both from zero, and the line that no
     speed can exceed: bandwidth / bytes read for a token."""
-    left, top, width, height = 56.0, 40.0, _WIDTH - 80.0, 300.0
+    parts, y = _heading(title)
+    left, top, width, height = 56.0, y + 20, _WIDTH - 80.0, 300.0
     roof = 1e9 / bytes_per_token  # tokens/s for each GB/s
     x_most = _nice(1.1 * max(p.x for p in points))
     y_most = _nice(1.1 * max(max(p.y for p in points), 0.6 * x_most * roof))
-    parts = [_text(0, 16, title, "ink", bold=True)]
 
     def at(x: float, y: float) -> tuple[float, float]:
         return left + width * x / x_most, top + height * (1 - y / y_most)
@@ -137,12 +149,12 @@ def scatter(title: str, points: Sequence[Point], bytes_per_token: float) -> str:
 
 def lines(title: str, series: Sequence[Line]) -> str:
     """Every run's speed over the first one's, by run."""
-    left, top, width, height = 56.0, 40.0, _WIDTH - 80.0, 200.0
+    parts, y = _heading(title)
+    left, top, width, height = 56.0, y + 20, _WIDTH - 80.0, 200.0
     relative = [[v / s.values[0] for v in s.values] for s in series]
     low = min(0.9, math.floor(10 * min(map(min, relative))) / 10)
     high = max(1.1, math.ceil(10 * max(map(max, relative))) / 10)
     most = max(len(s.values) for s in series)
-    parts = [_text(0, 16, title, "ink", bold=True)]
 
     def at(run: int, value: float) -> tuple[float, float]:
         x = left + width * (run / max(most - 1, 1))
@@ -173,8 +185,9 @@ def stacked(charts: Iterable[str]) -> str:
     """Several charts below each other, as one."""
     parts, y = [], 0.0
     for chart in charts:
-        height = float(chart.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split(" ")[1])
-        inner = chart.replace("<svg ", f'<svg y="{y}" width="{_WIDTH}" height="{height}" ', 1)
+        *_, width, height = map(float, chart.split('viewBox="', 1)[1].split('"', 1)[0].split(" "))
+        place = f'x="{-_MARGIN}" y="{y}" width="{width}" height="{height}"'
+        inner = chart.replace("<svg ", f"<svg {place} ", 1)
         parts.append(inner)
         y += height + 16
     return _svg("Speeds", parts, y)
@@ -197,8 +210,10 @@ def _text(
 
 
 def _svg(title: str, parts: Sequence[str], height: float) -> str:
+    size = f"{_WIDTH + 2 * _MARGIN} {height + 2 * _MARGIN:.0f}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {_WIDTH} {height:.0f}" '
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img" '
+        f'viewBox="{-_MARGIN} {-_MARGIN} {size}" '
         f'aria-label="{escape(title)}"><title>{escape(title)}</title><style>{_STYLE}</style>'
         f"{''.join(parts)}</svg>"
     )

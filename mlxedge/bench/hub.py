@@ -67,7 +67,7 @@ def publish(records: Sequence[Record], address: str, *, pull_request: bool = Fal
 
     repo, revision = parse(address)
     operations = [CommitOperationAdd(path_in_dataset(r), _bytes(r)) for r in records]
-    names = ", ".join(sorted({r["model"]["name"] for r in records}))
+    names = ", ".join(sorted({r["model"]["name"] if "model" in r else r["title"] for r in records}))
     with translated(repo, revision):
         made = HfApi().create_commit(
             repo,

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-KIND = "mlxedge-bench"
+KIND, FIGURES = "mlxedge-bench", "mlxedge-figures"
 SCHEMA = 2
 #: The packages whose versions can change a speed, by engine.
 PACKAGES = {
@@ -77,8 +78,8 @@ def make_record(
             "drift_bound": DRIFT_BOUND,
         },
         "conditions": {
-            "before": _conditions(measured.before),
-            "after": _conditions(measured.after),
+            "before": conditions_part(measured.before),
+            "after": conditions_part(measured.after),
         },
         "load_seconds": _rounded(measured.load_seconds, 6),
         "peak_memory_bytes": measured.peak_memory_bytes,
@@ -165,7 +166,8 @@ def _latencies(seconds: Sequence[float]) -> dict[str, float | None] | None:
     }
 
 
-def _conditions(found: Conditions) -> dict[str, Any]:
+def conditions_part(found: Conditions) -> dict[str, Any]:
+    """As records have it."""
     return {
         "power_source": found.power_source,
         "temperature_c": found.temperature_c,
@@ -222,11 +224,14 @@ def source_sha256(path: Path) -> str | None:
 
 
 def file_name(record: Record) -> str:
-    """``MODEL-ENGINE-YYYYMMDDTHHMMSS.json``."""
+    """``MODEL-ENGINE-YYYYMMDDTHHMMSS.json``, or with the title of figures."""
+    stamp = "".join(c for c in record["created"][:19] if c.isalnum())
+    if record["kind"] == FIGURES:
+        words = re.findall(r"[\w.]+", record["title"])
+        return f"{'-'.join(words)[:80]}-{stamp}.json"
     model = record["model"]
     file = model.get("file")
     stem = Path(file).stem if model.get("format") == "gguf" and file else model["name"]
-    stamp = "".join(c for c in record["created"][:19] if c.isalnum())
     return f"{stem}-{record['engine']['name']}-{stamp}.json"
 
 
@@ -278,10 +283,11 @@ def schema() -> dict[str, Any]:
 
 
 @cache
-def _validator() -> Any:
+def _validator(kind: str) -> Any:
+    """Of one kind: a complaint about one of two would tell of neither."""
     from jsonschema import Draft202012Validator
 
-    return Draft202012Validator(schema())
+    return Draft202012Validator({"$defs": schema()["$defs"], "$ref": f"#/$defs/{kind}"})
 
 
 def check_record(where: str | Path, record: Any) -> Record:
@@ -289,14 +295,14 @@ def check_record(where: str | Path, record: Any) -> Record:
 
     Raises CorruptFileError for what is none, and UsageError for one of another schema.
     """
-    if not isinstance(record, dict) or record.get("kind") != KIND:
+    if not isinstance(record, dict) or record.get("kind") not in (KIND, FIGURES):
         raise CorruptFileError(where, "not a record of mlxedge bench")
     if record.get("schema") != SCHEMA:
         raise UsageError(
             f"{where}: schema {str(record.get('schema'))[:20]}; this version reads {SCHEMA}: "
             "measure again, or use the version that wrote it"
         )
-    error = next(_validator().iter_errors(record), None)
+    error = next(_validator(record["kind"]).iter_errors(record), None)
     if error is not None:
         place = "/".join(map(str, error.absolute_path)) or "the record"
         raise CorruptFileError(where, f"{place[:80]} makes no sense: {error.message[:160]}")

@@ -194,6 +194,42 @@ def to_csv(records: Iterable[Record]) -> str:
     return out.getvalue()
 
 
+def figures(records: Sequence[Record]) -> Table:
+    """Of records of figures."""
+    rows = [
+        [
+            figure["name"],
+            figure["side"],
+            f"{figure['median']:.4g}",
+            figure["unit"],
+            _ends(figure),
+            share(figure["roofline"]),
+        ]
+        for record in records
+        for figure in record["figures"]
+    ]
+    return ["figure", "of", "median", "unit", f"{LEVEL:.0%} interval", "roofline"], rows
+
+
+def _ends(figure: Record) -> str:
+    low, high = figure["low"], figure["high"]
+    return "-" if low is None else f"{low:.4g} to {high:.4g}"
+
+
+def figures_csv(records: Iterable[Record]) -> str:
+    """A line for each value."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["created", "device", "title", "figure", "of", "unit", "run", "value"])
+    for record in records:
+        shared = [record["created"], record["device"]["cpu"], record["title"]]
+        for figure in record["figures"]:
+            own = [figure[key] for key in ("name", "side", "unit")]
+            for number, value in enumerate(figure["values"], 1):
+                writer.writerow([*shared, *own, number, value])
+    return out.getvalue()
+
+
 def reference(chips: Sequence[Chip]) -> Table:
     """The published results: what each is from, and how sure it is."""
     headers = ["chip", "GPU cores", "GB/s", "pp512", "tg128", "roofline"]

@@ -62,6 +62,9 @@ class _Depths(click.ParamType):
 @click.option("--md", "form", flag_value="md", help="Print the table as Markdown.")
 @click.option("--llama-bench-json", "form", flag_value="llama-bench",
               help="Print what programs read that know llama-bench's JSON.")  # fmt: skip
+@click.option("--kernels", is_flag=True,
+              help="Measure kernels and memory bandwidth of engine numpy or mlx, "
+              "and no MODEL.")  # fmt: skip
 @click.option("--schema", is_flag=True, help="Print the JSON schema of a record, and stop.")
 def command(
     models: tuple[str, ...],
@@ -77,6 +80,7 @@ def command(
     publish: str | None,
     pull_request: bool,
     form: str | None,
+    kernels: bool,
     schema: bool,
 ) -> None:
     """Measure how fast each MODEL runs on this machine.
@@ -94,17 +98,23 @@ def command(
     if schema:
         ui.print_json(records_of.schema())
         return
-    if not models:
-        raise click.UsageError("Missing argument 'MODEL...'.")
+    if bool(models) == kernels:
+        raise click.UsageError("--kernels takes no MODEL." if models else "Missing 'MODEL...'.")
     settings = Settings(prompt_tokens, gen_tokens, depth, repeats, warmup, cooldown)
     # Before the work, not after it.
     if out is not None:
         records_of.save_records([], out)
     if publish is not None:
         hub.parse(publish)
-    found = _measure(models, engines, settings, threads)
+    if kernels:
+        found = _kernels(engines, repeats, threads)
+    else:
+        found = _measure(models, engines, settings, threads)
     written = [] if out is None else records_of.save_records(found, out)
-    _show(found, form)
+    if kernels:
+        _show_figures(found, form)
+    else:
+        _show(found, form)
     for path in written:
         ui.note(f"written: {path}")
     if publish is not None:
@@ -126,6 +136,53 @@ def _measure(
         make_record(found.about, _run(found, engine, settings, threads), device)
         for found, engine in jobs
     ]
+
+
+def _kernels(engines: tuple[str, ...], repeats: int, threads: int | None) -> list[dict[str, Any]]:
+    from mlxedge.bench.figures import figures_record
+    from mlxedge.bench.kernels import measure_kernels
+    from mlxedge.bench.record import versions
+    from mlxedge.bench.sensors import Sensors
+    from mlxedge.cli import ui
+    from mlxedge.ops import BACKENDS, default_backend, load_forward, load_ops
+
+    other = [engine for engine in engines if engine not in BACKENDS]
+    if other:
+        raise click.UsageError(f"--kernels measures {' and '.join(BACKENDS)}, not {other[0]}.")
+    sensors = Sensors()
+    records = []
+    for engine in engines or (default_backend(),):
+        load_ops(engine)
+        before = sensors.conditions()
+        with ui.progress(f"kernels, {engine}") as progress:
+            figures = measure_kernels(
+                engine,
+                repeats,
+                threads=threads or load_forward().available_threads(),
+                progress=progress,
+            )
+        records.append(
+            figures_record(f"kernels, {engine}", figures, versions(engine), before, sensors)
+        )
+    return records
+
+
+def _show_figures(records: list[dict[str, Any]], form: str | None) -> None:
+    from mlxedge.bench import tables
+    from mlxedge.cli import ui
+
+    if form == "json":
+        ui.print_json(records)
+        return
+    if form == "llama-bench":
+        raise click.UsageError("llama-bench's JSON has no place for kernels.")
+    table = tables.figures(records)
+    if form == "md":
+        click.echo(tables.to_markdown(table), nl=False)
+    elif form == "csv":
+        click.echo(tables.figures_csv(records), nl=False)
+    else:
+        ui.table(*table)
 
 
 def _find(model: str) -> Found:
