@@ -182,8 +182,9 @@ def _multiplies_mlx(threads: int) -> Iterator[_Job]:
 
                 def multiply(x: Any = x, parts: Any = parts, encoding: Affine = encoding) -> None:
                     w, scales, biases = parts
-                    how = {"group_size": encoding.group, "bits": encoding.bits}
-                    mx.eval(mx.quantized_matmul(x, w, scales, biases, **how))
+                    group, bits = encoding.group, encoding.bits
+                    made = mx.quantized_matmul(x, w, scales, biases, group_size=group, bits=bits)
+                    mx.eval(made)
 
                 yield _product(side, encoding, rows, cols, n, multiply)
 
