@@ -48,7 +48,7 @@ def download(address: str) -> Iterator[tuple[str, bytes]]:
     from mlxedge.sources.hub import translated
 
     repo, revision = parse(address)
-    with translated(repo, revision):
+    with translated(f"dataset {repo}", revision):
         listed = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
         names = sorted(n for n in listed if n.startswith(f"{FOLDER}/") and n.endswith(".json"))
         if not names:
@@ -62,19 +62,35 @@ def publish(records: Sequence[Record], address: str, *, pull_request: bool = Fal
     """Add records to a dataset in one commit, as a pull request where one may not write; returns
     the address of the commit or the pull request. Raises what ``download`` does."""
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
+    from mlxedge.errors import AccessDeniedError
     from mlxedge.sources.hub import translated
 
     repo, revision = parse(address)
     operations = [CommitOperationAdd(path_in_dataset(r), _bytes(r)) for r in records]
-    names = ", ".join(sorted({r["model"]["name"] if "model" in r else r["title"] for r in records}))
-    with translated(repo, revision):
-        made = HfApi().create_commit(
-            repo,
-            operations,
-            commit_message=f"Add {len(records)} benchmark records of {names}"[:200],
-            repo_type="dataset",
-            revision=revision,
-            create_pr=pull_request,
-        )
+    what = sorted({r["model"]["name"] if "model" in r else r["title"] for r in records})
+    with translated(f"dataset {repo}", revision):
+        try:
+            made = HfApi().create_commit(
+                repo,
+                operations,
+                commit_message=f"Add {len(records)} benchmark records of {', '.join(what)}"[:200],
+                repo_type="dataset",
+                revision=revision,
+                create_pr=pull_request,
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403) or _is_missing(error):
+                raise
+            raise AccessDeniedError(
+                f"dataset {repo} takes nothing from you: log in (hf auth login, or HF_TOKEN) as "
+                "somebody who may write to it, or add --pr to propose the records"
+            ) from error
     return str(made.pr_url or made.commit_url)
+
+
+def _is_missing(error: Exception) -> bool:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    return isinstance(error, RepositoryNotFoundError)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from mlxedge.bench.measure import Settings
     from mlxedge.bench.models import Found
 
+#: Where records go that could not be published.
+_UNPUBLISHED = "mlxedge-results"
 _ENGINES = ["mlx", "llama.cpp", "llama-bench", "onnxruntime", "numpy"]
 
 
@@ -94,6 +96,7 @@ def command(
     from mlxedge.bench import record as records_of
     from mlxedge.bench.measure import Settings
     from mlxedge.cli import ui
+    from mlxedge.errors import MlxedgeError
 
     if schema:
         ui.print_json(records_of.schema())
@@ -118,7 +121,13 @@ def command(
     for path in written:
         ui.note(f"written: {path}")
     if publish is not None:
-        ui.note(f"published: {hub.publish(found, publish, pull_request=pull_request)}")
+        try:
+            ui.note(f"published: {hub.publish(found, publish, pull_request=pull_request)}")
+        except MlxedgeError:
+            if out is None:  # what took so long is not lost
+                for path in records_of.save_records(found, Path(_UNPUBLISHED)):
+                    ui.note(f"not published, but written: {path}")
+            raise
 
 
 def _measure(

@@ -7,6 +7,7 @@ second origin (the "CDN") with X-Linked-Etag and X-Linked-Size. Faults are switc
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import json
@@ -37,12 +38,14 @@ def git_oid(data: bytes) -> str:
 @dataclass
 class Repo:
     """Commits (hash → name → bytes) and refs (branch or tag → hash). With ``xet``, large files are
-    said to be in Xet storage, which this server does not have."""
+    said to be in Xet storage, which this server does not have. Without ``writable`` only pull
+    requests are taken, which become refs ``refs/pr/N``."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
     xet: bool = False
+    writable: bool = True
 
     def commit(self, files: dict[str, bytes], *refs: str) -> str:
         """Add a commit that ``refs`` point to; returns its hash."""
@@ -152,6 +155,20 @@ class HubServer:
         self._release.wait(60)
 
 
+#: Kind and id of a repository, as the API names them.
+_REPO = r"(models|datasets)/([^/]+/[^/]+)"
+
+
+def _key(match: re.Match[str]) -> str:
+    """The repository's key in ``HubServer.repos``: datasets have their kind before the id."""
+    return match[2] if match[1] == "models" else f"{match[1]}/{match[2]}"
+
+
+def headers_token(headers: Any) -> str | None:
+    given = str(headers.get("authorization", ""))
+    return given.removeprefix("Bearer ") or None
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     cdn: bool
@@ -166,6 +183,47 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        """What a commit takes: how each file is to be sent, and then the commit itself."""
+        headers = {k.lower(): v for k, v in self.headers.items()}
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        self.hub.requests.append(Request(self.command, path, headers, self.cdn))
+        body = self.rfile.read(int(headers.get("content-length", 0)))
+        if match := re.fullmatch(rf"/api/{_REPO}/preupload/(.+)", path):
+            if self._commit(_key(match), match[3]) is not None:
+                files = json.loads(body)["files"]
+                how = {"uploadMode": "regular", "shouldIgnore": False}
+                made = [{"path": f["path"], **how} for f in files]
+                self._json({"files": made})
+        elif match := re.fullmatch(rf"/api/{_REPO}/commit/(.+)", path):
+            self._add(_key(match), match[3], body, "create_pr" in parse_qs(url.query))
+        else:
+            self._error(404, None)
+
+    def _add(self, name: str, revision: str, body: bytes, pull_request: bool) -> None:
+        if (found := self._commit(name, revision)) is None:
+            return
+        repo = self.hub.repos[name]
+        if headers_token(self.headers) != self.hub.token:
+            self._error(401, None)
+        elif not repo.writable and not pull_request:
+            self._error(403, None)
+        else:
+            files = dict(found[1])
+            for line in filter(None, body.split(b"\n")):
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    content = base64.b64decode(entry["value"]["content"])
+                    files[entry["value"]["path"]] = content
+            number = len(repo.commits)
+            ref = f"refs/pr/{number}" if pull_request else "main"
+            commit = repo.commit(files, ref)
+            made = {"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit}
+            if pull_request:
+                made["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{number}"
+            self._json(made)
+
     def _answer(self) -> None:
         headers = {k.lower(): v for k, v in self.headers.items()}
         url = urlsplit(self.path)
@@ -174,11 +232,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.cdn:
             repo, commit, name = path.removeprefix("/cdn/").split(":")
             self._file(name, self.hub.repos[repo].commits[commit][name], {})
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            self._info(match[1], match[2] or "main", "blobs" in parse_qs(url.query))
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
-            self._tree(match[1], match[2])
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(rf"/api/{_REPO}(?:/revision/(.+))?", path):
+            self._info(_key(match), match[3] or "main", "blobs" in parse_qs(url.query))
+        elif match := re.fullmatch(rf"/api/{_REPO}/tree/([^/]+)/?(.*)", path):
+            self._tree(_key(match), match[3])
+        elif match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(match[1], match[2], match[3])
         elif "/xet-read-token/" in path:
             self._error(501, None)
@@ -320,7 +378,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command in ("GET", "POST"):
             self.wfile.write(body)
 
     def _error(self, status: int, code: str | None, headers: dict[str, str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """llama.cpp itself, through ctypes on the library inside the ``xllamacpp`` wheel.
 
-    with LlamaCpp(path, vocab_only=True) as llama:
-        llama.tokenize("Hello")
+with LlamaCpp(path, vocab_only=True) as llama:
+    llama.tokenize("Hello")
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from types import TracebackType
 
 import numpy as np
 
-from mlxedge.engines.llama_library import F16, F32, INT32S, complaints, decode, library
+from mlxedge.engines.llama_library import F16, F32, complaints, decode, library
+
 
 class LlamaCpp:
     """A GGUF file in llama.cpp, on the CPU.

@@ -1,92 +1,111 @@
-"""Series, records, their comparison; nothing is timed here."""
+"""Records: every run is kept, what is written can be read, and what is none is told apart."""
 
 from __future__ import annotations
 
-import copy
+import getpass
 import hashlib
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from jsonschema import Draft202012Validator
+from oracles.bench_records import record
 from oracles.tiny import write_tiny_llama
 
-from mlxedge.bench.compare import differences, ratio
-from mlxedge.bench.measure import Measurement, Series
+import mlxedge
+from mlxedge.bench.figures import Figure, figures_record
 from mlxedge.bench.record import (
+    check_record,
     file_name,
-    make_record,
     model_sha256,
-    read_records,
     save_records,
+    schema,
+    source_sha256,
     versions,
 )
-from mlxedge.cli import main
+from mlxedge.bench.results import Result, read_results
+from mlxedge.bench.sensors import Conditions
+from mlxedge.bench.tables import to_csv, to_markdown
 from mlxedge.errors import CorruptFileError, OutputExistsError, SourceNotFoundError, UsageError
-from mlxedge.inspect import Inspection, TensorInfo
-
-DEVICE = {"cpu": "Apple M2 Max", "gpu_cores": 30, "memory_bytes": 32 << 30}
 
 
-def record(
-    prefill: tuple[float, ...] | None = (0.5, 0.4), decode: tuple[float, ...] | None = (2.0,)
-) -> dict[str, Any]:
-    found = Inspection(
-        name="m",
-        kind="gguf",
-        files={"m-q4_k_m.gguf": 160},
-        tensors=[TensorInfo("a", (2, 256), "q4_k", 288)],
-        metadata={},
-        quantization="Q4_K_M",
-        path=Path("m-q4_k_m.gguf"),
-    )
-    measured = Measurement(
-        engine="numpy",
-        processor="cpu",
-        threads=2,
-        prompt_tokens=100,
-        generated_tokens=20,
-        repeats=2,
-        warmups=1,
-        load_seconds=0.25,
-        peak_memory_bytes=None,
-        prefill=None if prefill is None else Series(100, prefill),
-        decode=None if decode is None else Series(20, decode),
-    )
-    return make_record(found, measured, DEVICE, "ab" * 32)
-
-
-def test_statistics() -> None:
-    series = Series(100, (0.5, 0.4, 1.0))
-    assert series.speeds == [200.0, 250.0, 100.0]
-    assert series.mean == pytest.approx(550 / 3)
-    assert series.median == 200.0
-    assert series.stddev == pytest.approx(76.376, abs=1e-3)
-    assert series.drift == -0.5
-    assert Series(1, (2.0,)).stddev is None
+def read(*paths: Path) -> list[Result]:
+    return read_results([str(path) for path in paths])
 
 
 def test_a_record_keeps_every_run() -> None:
-    made = json.loads(json.dumps(record()))
-    assert made["kind"] == "mlxedge-bench"
-    assert made["schema"] == 1
-    assert made["prefill"]["seconds"] == [0.5, 0.4]
-    assert made["prefill"]["tokens_per_second"] == [200.0, 250.0]
-    assert made["prefill"]["drift"] == 0.25
-    assert made["decode"] == {
-        "tokens": 20, "seconds": [2.0], "tokens_per_second": [10.0],
-        "mean": 10.0, "stddev": None, "median": 10.0, "drift": 0.0,
+    made = json.loads(json.dumps(record(joules=4.0)))
+    assert (made["kind"], made["schema"]) == ("mlxedge-bench", 2)
+    prefill, decode = made["tests"]
+    assert prefill["name"] == "pp100"
+    assert [run["seconds"] for run in prefill["runs"]] == [0.5, 0.4]
+    assert [run["tokens_per_second"] for run in prefill["runs"]] == [200.0, 250.0]
+    assert [run["started"] for run in prefill["runs"]] == [0.0, 1.0]
+    assert (prefill["drift"], prefill["drifted"]) == (0.25, True)
+    assert prefill["ttft_seconds"] == {"median": 0.45, "p95": 0.495}
+    assert prefill["inter_token_seconds"] is None
+    assert decode["tokens_per_second"] == {
+        "mean": 10.0, "stddev": None, "median": 10.0, "low": None, "high": None,
     }  # fmt: skip
+    assert decode["inter_token_seconds"] == {"median": 0.1, "p95": 0.1}
+    assert (decode["drift"], decode["drifted"]) == (None, False)
+    assert (decode["joules"], decode["tokens_per_joule"]) == (4.0, 5.0)
     assert made["model"]["bits_per_weight"] == 4.5
     assert made["engine"]["versions"]["numpy"] == versions("numpy")["numpy"]
     assert made["peak_memory_bytes"] is None
+
+
+def test_energy_that_cannot_be_read_is_none() -> None:
+    made = record()
+    assert made["energy_source"] is None
+    for test in made["tests"]:
+        assert (test["joules"], test["tokens_per_joule"]) == (None, None)
+
+
+def test_the_published_schema() -> None:
+    Draft202012Validator.check_schema(schema())
+    validator = Draft202012Validator(schema())
+    figures = figures_record(
+        "t", [Figure("f", "us", "GB/s", "higher", (1.0, 2.0))], {}, Conditions(None, None, None)
+    )
+    for made in (record(), record(()), figures):
+        validator.validate(json.loads(json.dumps(made)))
+        assert check_record("here", made) == made
+    described = schema()["$defs"]["mlxedge-bench"]["properties"]
+    assert set(described) == set(record())
+    for section in ("model", "engine", "settings"):
+        assert set(described[section]["properties"]) == set(record()[section])
+    assert set(schema()["$defs"]["device"]["properties"]) == set(record()["device"])
+
+
+def test_a_record_can_be_shared_as_it_is(tmp_path: Path) -> None:
+    """It names no host, no user, and no folder."""
+    from click.testing import CliRunner
+
+    from mlxedge.cli import main
+
+    folder = write_tiny_llama(tmp_path / "tiny")
+    done = CliRunner().invoke(
+        main, ["bench", str(folder), "-p", "4", "-n", "2", "-r", "1", "--engine", "numpy", "--json"]
+    )
+    assert done.exit_code == 0, done.stderr
+    text = done.stdout.casefold()
+    private = [socket.gethostname(), str(tmp_path), str(Path.home()), str(Path.cwd())]
+    if getpass.getuser() != "root":
+        private.append(getpass.getuser())
+    for word in private:
+        assert len(word) < 3 or word.casefold() not in text, word
+    (made,) = json.loads(done.stdout)
+    assert made["model"]["file"] == "tiny"
 
 
 def test_versions_are_those_of_the_engine() -> None:
     assert {"python", "numpy", "numba"} <= set(versions("numpy"))
     assert "mlx" not in versions("numpy")
     assert {"python", "mlx", "mlx-lm"} <= set(versions("mlx"))
+    assert versions("llama.cpp")["xllamacpp"]
 
 
 def test_hash_of_a_file_and_of_a_folder(tmp_path: Path) -> None:
@@ -94,137 +113,115 @@ def test_hash_of_a_file_and_of_a_folder(tmp_path: Path) -> None:
     shards = sorted(folder.glob("*.safetensors"))
     digests = [hashlib.sha256(s.read_bytes()).hexdigest() for s in shards]
     lines = "".join(f"{d}  {s.name}\n" for d, s in zip(digests, shards))
-    assert model_sha256(folder) == hashlib.sha256(lines.encode()).hexdigest()
+    expected = hashlib.sha256(lines.encode()).hexdigest()
+    assert model_sha256(folder) == expected
     (folder / "README.md").write_text("other")
-    assert model_sha256(folder) == hashlib.sha256(lines.encode()).hexdigest()
+    assert model_sha256(folder) == expected
     assert model_sha256(shards[0]) == digests[0]
     assert file_name(record()).startswith("m-q4_k_m-numpy-20")
+    # What is converted from it knows it by the same hash.
+    mlxedge.convert(folder, ["gguf:q8_0", "mlx:4bit"], tmp_path / "out", calibrate=False)
+    made = [path for path in (tmp_path / "out").iterdir() if path.suffix != ".json"]
+    assert [source_sha256(path) for path in made] == [expected, expected]
+    assert source_sha256(folder) is None
 
 
 def test_save_and_read(tmp_path: Path) -> None:
-    one, other = record(), record(prefill=None)
+    one, other = record(), record(())
     assert save_records([], tmp_path / "new" / "a.json") == []
     assert not (tmp_path / "new").exists()
     (path,) = save_records([one], tmp_path / "new" / "a.json")
-    assert read_records([path]) == [("a", one)]
+    assert read(path) == [Result("a", one)]
     with pytest.raises(OutputExistsError, match="exists"):
         save_records([], path)
     save_records([one, other], tmp_path / "both.json")
-    assert read_records([tmp_path / "both.json"]) == [("both[0]", one), ("both[1]", other)]
+    assert read(tmp_path / "both.json") == [Result("both[0]", one), Result("both[1]", other)]
     first, second = save_records([one, other], tmp_path / "folder")
     assert first != second
-    assert [r for _, r in read_records([first, second])] == [one, other]
-    assert len(read_records([tmp_path / "folder"])) == 2
+    assert [result.record for result in read(first, second)] == [one, other]
+    assert len(read(tmp_path / "folder")) == 2
 
 
 @pytest.mark.parametrize(
     ("content", "error", "problem"),
     [
-        ("{", CorruptFileError, "not JSON"),
-        ("[]", CorruptFileError, "holds no record"),
-        ("3", CorruptFileError, "not a record"),
-        ('{"build_commit": "x"}', CorruptFileError, "not a record"),
-        ('{"kind": "mlxedge-bench", "schema": 99}', UsageError, "schema 99"),
-        ('{"kind": "mlxedge-bench", "schema": 1}', CorruptFileError, "has no device"),
+        (b"{", CorruptFileError, "neither JSON"),
+        (b"\xff\xfe", CorruptFileError, "not UTF-8"),
+        (b"[" * 100_000, CorruptFileError, "neither JSON"),
+        (b"[]", CorruptFileError, "holds no record"),
+        (b"3", CorruptFileError, "not a record"),
+        (b'{"build_commit": "x"}', CorruptFileError, "not a record"),
+        (b'{"kind": "mlxedge-bench", "schema": 99}', UsageError, "schema 99"),
+        (b'{"kind": "mlxedge-bench", "schema": 2}', CorruptFileError, "required property"),
+        (b'{"kind": "mlxedge-figures", "schema": 2}', CorruptFileError, "required property"),
     ],
 )
 def test_what_is_no_record(
-    tmp_path: Path, content: str, error: type[Exception], problem: str
+    tmp_path: Path, content: bytes, error: type[Exception], problem: str
 ) -> None:
     path = tmp_path / "r.json"
-    path.write_text(content)
-    with pytest.raises(error, match=problem):
-        read_records([path])
+    path.write_bytes(content)
+    with pytest.raises(error, match=problem) as raised:
+        read(path)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500 + len(str(path))
 
 
-@pytest.mark.parametrize("mean", [None, 0, -1, "fast", True, float("nan"), float("inf")])
+@pytest.mark.parametrize("mean", [None, 0, -1, "fast", True, [1]])
 def test_a_speed_that_makes_no_sense(tmp_path: Path, mean: Any) -> None:
     bad = record()
-    bad["decode"]["mean"] = mean
+    bad["tests"][1]["tokens_per_second"]["mean"] = mean
     path = tmp_path / "r.json"
     path.write_text(json.dumps(bad))
-    with pytest.raises(CorruptFileError, match="decode"):
-        read_records([path])
+    with pytest.raises(CorruptFileError, match="tests/1/tokens_per_second/mean makes no sense"):
+        read(path)
 
 
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(SourceNotFoundError, match="no such file"):
-        read_records([tmp_path / "none.json"])
+        read(tmp_path / "none.json")
     with pytest.raises(SourceNotFoundError, match="in this folder"):
-        read_records([tmp_path])
+        read(tmp_path)
+    with pytest.raises(UsageError, match="are in datasets"):
+        read_results(["hf://models/org/name"])
 
 
-def _changed(**sections: dict[str, Any]) -> dict[str, Any]:
-    made = copy.deepcopy(record())
-    for section, values in sections.items():
-        made[section] |= values
+def test_an_address(tmp_path: Path) -> None:
+    """Over HTTP, from this machine."""
+    import functools
+    import http.server
+    import threading
+
+    from mlxedge.errors import NetworkError
+
+    save_records([record()], tmp_path / "a.json")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        base = f"http://127.0.0.1:{server.server_address[1]}"
+        try:
+            assert read_results([f"{base}/a.json"]) == [Result("a", record_of(tmp_path))]
+            with pytest.raises(SourceNotFoundError, match="404"):
+                read_results([f"{base}/b.json"])
+        finally:
+            server.shutdown()
+            thread.join()
+    with pytest.raises(NetworkError, match="cannot be read"):
+        read_results([f"{base}/a.json"])
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads((folder / "a.json").read_text("utf-8"))
     return made
 
 
-def test_the_same_thing_on_two_devices_compares() -> None:
-    other = _changed(device={"cpu": "Apple M4"}, engine={"threads": 8})
-    other["created"], other["prefill"] = "2030-01-01T00:00:00+00:00", {"mean": 675.0}
-    assert differences([record(), other]) == []
-    assert ratio(other, record(), "prefill") == 3.0
-    assert ratio(record(decode=None), record(), "decode") is None
-
-
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({"model": {"sha256": "cd" * 32}}, "model hash"),
-        ({"model": {"sha256": None}}, "model hash"),
-        ({"model": {"quantization": "Q8_0"}}, "quantization"),
-        ({"settings": {"prompt_tokens": 7}}, "prompt and generation"),
-        ({"settings": {"generated_tokens": 7}}, "prompt and generation"),
-        ({"engine": {"name": "mlx"}}, "engine"),
-        ({"engine": {"processor": "gpu"}}, "processor"),
-        ({"engine": {"versions": {**versions("numpy"), "numba": "0.0"}}}, "numba"),
-        ({"engine": {"versions": {"numpy": versions("numpy")["numpy"]}}}, "numba"),
-    ],
-)
-def test_what_does_not_compare(tmp_path: Path, change: dict[str, Any], what: str) -> None:
-    one, other = record(), _changed(**change)
-    assert what in [d.what for d in differences([one, other])]
-    paths = [*save_records([one], tmp_path / "a.json"), *save_records([other], tmp_path / "b.json")]
-    arguments = ["compare", *map(str, paths)]
-    refused = CliRunner().invoke(main, arguments)
-    assert refused.exit_code == 2
-    assert refused.stdout == ""
-    assert what in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
-    forced = CliRunner().invoke(main, [*arguments, "--force"])
-    assert forced.exit_code == 0
-    assert f"warning: differs: {what}" in forced.stderr
-    assert "ratio" not in forced.stdout
-    assert forced.stdout.count("pp100") == 2
-    as_json = CliRunner().invoke(main, [*arguments, "--force", "--json"])
-    assert what in [d["what"] for d in json.loads(as_json.stdout)["differences"]]
-
-
-def test_unknown_hashes_never_agree() -> None:
-    unknown = _changed(model={"sha256": None})
-    assert [d.what for d in differences([unknown, unknown])] == ["model hash"]
-    assert differences([unknown]) == []
-
-
-def test_compare_shows_a_table(tmp_path: Path) -> None:
-    faster = _changed(device={"cpu": "Apple M4", "gpu_cores": None, "memory_bytes": None})
-    faster["prefill"] |= {"mean": 450.0}
-    save_records([record()], tmp_path / "a.json")
-    save_records([faster], tmp_path / "b.json")
-    done = CliRunner().invoke(main, ["compare", str(tmp_path)])
-    assert done.exit_code == 0, done.stderr
-    assert done.stderr == ""
-    header, *rows = [line.split("  ") for line in done.stdout.splitlines()]
-    cells = [[c.strip() for c in row if c.strip()] for row in rows]
-    assert [c.strip() for c in header if c.strip()][-3:] == ["tokens/s", "drift", "ratio"]
-    assert cells[0] == [
-        "a", "Apple M2 Max, 30 GPU cores, 32 GiB", "m", "Q4_K_M", "numpy, 2 threads", "pp100",
-        "225.00 ± 35.36", "+25.0 %", "1.00",
+def test_csv_has_every_run_and_markdown_escapes() -> None:
+    lines = to_csv([record()]).splitlines()
+    assert len(lines) == 1 + 3
+    head = lines[0].split(",")
+    assert [line.split(",")[head.index("tokens_per_second")] for line in lines[1:]] == [
+        "200.0", "250.0", "10.0",
     ]  # fmt: skip
-    assert cells[1][5:] == ["tg20", "10.00", "+0.0 %", "1.00"]
-    assert cells[2][:2] == ["b", "Apple M4"]
-    assert cells[2][-1] == "2.00"
-    loaded = json.loads(CliRunner().invoke(main, ["compare", str(tmp_path), "--json"]).stdout)
-    assert [r["ratio"]["prefill"] for r in loaded["records"]] == [1.0, 2.0]
+    made = to_markdown((["a"], [["x | y\n\\z"]]))
+    assert made == "| a |\n| --- |\n| x \\| y \\\\z |\n"
