@@ -19,7 +19,7 @@ from mlxedge.bench.figures import Figure
 from mlxedge.encodings import GGML, MLX_FLOAT, Affine, Encoding
 from mlxedge.encodings.mlx import AFFINE_BITS
 from mlxedge.errors import UnsupportedEncodingError
-from mlxedge.ops import Parts, load_forward, load_ops, load_reference
+from mlxedge.ops import Parts, Quality, load_forward, load_ops, load_reference
 
 #: Called with figures done, figures in all, and what is measured now.
 ProgressHook = Callable[[int, int, str], None]
@@ -119,17 +119,25 @@ def _encoders(engine: str) -> Iterator[_Job]:
     for encoding in _encodings():
         moved = 4.0 * rows * cols + encoding.nbytes(_MATRIX)
         side = f"{engine}, 1 thread"
-        for quality in ("reference", "fast"):
+        ways: tuple[tuple[str, Quality, np.ndarray | None], ...] = (
+            ("reference", "reference", None),
+            ("reference with imatrix", "reference", importance),
+            ("fast", "fast", importance),
+        )
+        for name, quality, given in ways:
             try:
-                parts = ops.encode(weights, encoding, importance, quality=quality)
+                ops.encode(weights, encoding, given, quality=quality)
             except UnsupportedEncodingError:
                 continue
 
-            def encode(encoding: Encoding = encoding, quality: Any = quality) -> None:
-                ops.encode(weights, encoding, importance, quality=quality)
+            def encode(
+                encoding: Encoding = encoding, given: Any = given, quality: Any = quality
+            ) -> None:
+                ops.encode(weights, encoding, given, quality=quality)
 
-            name = f"encode {encoding.name}, {quality}"
-            yield _Job(name, side, "Mweights/s", million, moved, encode)
+            yield _Job(
+                f"encode {encoding.name}, {name}", side, "Mweights/s", million, moved, encode
+            )
         try:
             parts = load_reference().encode(weights, encoding, importance)
             ops.decode(parts, encoding)

@@ -140,7 +140,7 @@ def damage(rows: Any, **changes: Any) -> Any:
         (lambda: damage(golden("llama-bench.json"), samples_ns=["x"]), "not what llama-bench"),
         (lambda: damage(golden("llama-bench.json"), samples_ns=[0]), "not what llama-bench"),
         (lambda: damage(golden("llama-bench.json"), samples_ns=[]), "not what llama-bench"),
-        (lambda: damage(golden("llama-bench.json"), n_prompt={}), "not what llama-bench"),
+        (lambda: damage(golden("llama-bench.json"), n_prompt="x"), "not what llama-bench"),
         (
             lambda: [r | {"n_gen": 5, "n_prompt": 5} for r in golden("llama-bench.json")],
             "no prefill or decode test",

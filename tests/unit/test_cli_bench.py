@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mlxedge.bench.measure import measure
+from mlxedge.bench.measure import Settings, measure
 from mlxedge.cli import main
 from mlxedge.engines.numpy_engine import NumpyEngine, NumpyState
 from mlxedge.errors import UsageError
@@ -23,7 +23,7 @@ def bench(*arguments: object) -> Any:
 
 
 def test_what_is_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill in one go, decode token by token, each from an empty context with new tokens."""
+    """Prefill in one go, decode token by token, each after its depth with new tokens."""
     calls: list[tuple[int, int]] = []
     tokens_seen: list[tuple[int, ...]] = []
     run = NumpyEngine.run
@@ -36,27 +36,36 @@ def test_what_is_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NumpyEngine, "run", counted)
     events: list[tuple[int, int, str]] = []
     found = measure(
-        tiny, prompt_tokens=9, generated_tokens=4, repeats=2, engine="numpy", threads=1,
+        tiny, Settings(9, 4, (0, 6), repeats=2), engine="numpy", threads=1,
         progress=lambda *event: events.append(event),
     )  # fmt: skip
     assert calls[:3] == [(0, 9)] * 3
     assert len(set(tokens_seen[:3])) == 3
-    assert calls[3:] == [(0, 1), (1, 1), (2, 1), (3, 1)] * 3
-    assert (found.engine, found.threads, found.warmups) == ("numpy", 1, 1)
-    assert found.prefill is not None
-    assert found.decode is not None
-    assert (found.prefill.tokens, len(found.prefill.seconds)) == (9, 2)
-    assert (found.decode.tokens, len(found.decode.seconds)) == (4, 2)
-    assert events[0] == (0, 3, "prefill")
-    assert events[-1] == (3, 3, "decode")
+    assert calls[3:15] == [(0, 1), (1, 1), (2, 1), (3, 1)] * 3
+    # The context is made once for each test, and gone back to.
+    assert calls[15:19] == [(0, 6), (6, 9), (6, 9), (6, 9)]
+    assert calls[19:] == [(0, 6), *[(6, 1), (7, 1), (8, 1), (9, 1)] * 3]
+    assert (found.engine, found.threads, found.processor) == ("numpy", 1, "cpu")
+    assert [(t.name, len(t.runs)) for t in found.tests] == [
+        ("pp9", 2), ("tg4", 2), ("pp9 @ d6", 2), ("tg4 @ d6", 2),
+    ]  # fmt: skip
+    assert [len(run.token_seconds) for test in found.tests for run in test.runs] == [0, 0, 4, 4] * 2
+    starts = [run.started for test in found.tests for run in test.runs]
+    assert starts[0] is not None
+    assert starts[0] < 0.0 or starts == sorted(starts)  # type: ignore[type-var]
+    assert events[0] == (0, 3, "pp9")
+    assert events[-1] == (3, 3, "tg4 @ d6")
 
 
 def test_a_test_can_be_left_out(tiny: Path) -> None:
-    found = measure(tiny, prompt_tokens=0, generated_tokens=2, repeats=1, engine="numpy")
-    assert found.prefill is None
-    assert found.decode is not None
-    with pytest.raises(UsageError, match="nothing to measure"):
-        measure(tiny, prompt_tokens=0, generated_tokens=0)
+    found = measure(tiny, Settings(0, 2, repeats=1), engine="numpy")
+    assert [test.kind for test in found.tests] == ["decode"]
+    for wrong in (
+        {"prompt_tokens": 0, "generated_tokens": 0}, {"depths": ()}, {"depths": (1, 1)},
+        {"depths": (-1,)}, {"repeats": 0}, {"warmups": -1},
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            Settings(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("engine", ["numpy", "mlx"])
@@ -71,21 +80,63 @@ def test_a_record(tiny: Path, tmp_path: Path, engine: str) -> None:
     assert record["engine"]["processor"] in ("cpu", "gpu")
     assert (record["engine"]["threads"] is None) == (engine == "mlx")
     assert {"python", "numpy" if engine == "numpy" else "mlx"} <= set(record["engine"]["versions"])
+    assert record["engine"]["build"].startswith("mlxedge" if engine == "numpy" else "mlx ")
     assert record["settings"] == {
-        "prompt_tokens": 8, "generated_tokens": 4, "repeats": 2, "warmups": 1,
+        "prompt_tokens": 8, "generated_tokens": 4, "depths": [0], "repeats": 2, "warmups": 1,
+        "cooldown_seconds": 0.0, "drift_bound": 0.05,
     }  # fmt: skip
     digest = hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
     line = f"{digest}  model.safetensors\n"
     assert record["model"]["sha256"] == hashlib.sha256(line.encode()).hexdigest()
     assert record["model"]["quantization"] == "bf16"
     assert record["model"]["parameters"] == 1_312_000
-    for part, tokens in (("prefill", 8), ("decode", 4)):
-        series = record[part]
-        assert series["tokens"] == tokens
-        assert len(series["seconds"]) == len(series["tokens_per_second"]) == 2
-        assert all(s > 0 for s in series["seconds"])
+    assert record["model"]["bytes_per_token"] == 2 * 1_312_000  # its head is its embedding
+    assert [test["tokens"] for test in record["tests"]] == [8, 4]
+    for test in record["tests"]:
+        assert len(test["runs"]) == 2
+        assert all(run["seconds"] > 0 for run in test["runs"])
     assert record["load_seconds"] > 0
     assert record["device"]["os"]
+
+
+def test_forms_of_output(tiny: Path) -> None:
+    arguments = (tiny, "-p", 4, "-n", 2, "-r", 2, "--engine", "numpy")
+    csv = bench(*arguments, "--csv").stdout.splitlines()
+    assert len(csv) == 1 + 4
+    rows = json.loads(bench(*arguments, "--llama-bench-json").stdout)
+    assert [(r["n_prompt"], r["n_gen"], len(r["samples_ns"])) for r in rows] == [
+        (4, 0, 2),
+        (0, 2, 2),
+    ]
+    markdown = bench(*arguments, "--md").stdout.splitlines()
+    assert markdown[1].startswith("| --- |")
+    assert len(markdown) == 4
+    schema = json.loads(bench("--schema").stdout)
+    assert schema["title"] == "mlxedge benchmark record"
+
+
+def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller ones than are worth measuring."""
+    from mlxedge.bench import kernels
+
+    monkeypatch.setattr(kernels, "_STREAM_BYTES", 1 << 16)
+    monkeypatch.setattr(kernels, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "_MATRIX", (2, 256))
+    monkeypatch.setattr(kernels, "SHAPES", ((256, 256),))
+    for engine in ("numpy", "mlx"):
+        done = bench("--kernels", "--engine", engine, "-r", 3, "--json", "-o", tmp_path / "k")
+        assert done.exit_code == 0, done.stderr
+        (record,) = json.loads(done.stdout)
+        names = {figure["name"]: figure for figure in record["figures"]}
+        assert {"memory, read", "encode q4_k, reference", "decode q8_0"} <= set(names)
+        assert "matmul 1 × [256, 256] affine-4bit-g64" in names
+        for figure in record["figures"]:
+            assert len(figure["values"]) == 3
+            assert min(figure["values"]) > 0
+            assert (figure["roofline"] is None) == figure["name"].startswith("memory")
+    assert len(list((tmp_path / "k").iterdir())) == 2
+    for wrong in (("--kernels", "model"), ("--kernels", "--engine", "llama.cpp"), ()):
+        assert bench(*wrong).exit_code == 2
 
 
 def test_several_models_into_a_folder(tiny: Path, smollm2: Path, tmp_path: Path) -> None:
@@ -100,8 +151,8 @@ def test_several_models_into_a_folder(tiny: Path, smollm2: Path, tmp_path: Path)
     assert "tg" not in done.stdout
     assert "peak memory" in done.stdout
     compared = CliRunner().invoke(main, ["compare", str(out)])
-    assert compared.exit_code == 2
-    assert "model hash" in compared.stderr
+    assert compared.exit_code == 0
+    assert "not ranked together, since they differ in model hash" in compared.stderr
 
 
 def test_an_existing_file_is_refused_before_the_work(tiny: Path, tmp_path: Path) -> None:
@@ -119,6 +170,10 @@ def test_an_existing_file_is_refused_before_the_work(tiny: Path, tmp_path: Path)
         (["-p", 3000], "has a context of 2048 tokens"),
         (["-p", 0, "-n", 0], "nothing to measure"),
         (["-r", 0], "Invalid value for '-r'"),
+        (["-d", "1,x"], "not a list of numbers"),
+        (["-d", "2000", "-p", 100], "has a context of 2048 tokens"),
+        (["--engine", "llama.cpp"], "is a Hugging Face folder, and llama.cpp runs a GGUF file"),
+        (["--engine", "llama-bench", "--engine", "onnxruntime"], "is a Hugging Face folder"),
     ],
 )
 def test_what_is_refused(tiny: Path, arguments: list[object], problem: str) -> None:
