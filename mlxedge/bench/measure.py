@@ -185,7 +185,7 @@ def _load(
 
     if isinstance(source, (str, Path)) and is_onnx_folder(Path(source)):
         folder = read_folder(Path(source))
-        runner = OnnxEngine(folder, threads)
+        runner = OnnxEngine(folder, threads, longest + 1)
         with contextlib.closing(runner):
             yield Loaded(folder.name, runner, folder.vocab, folder.context)
         return

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _ENGINE: list[Callable[[Any], Any]] = [
-    click.option("--engine", "--backend", "engine", type=click.Choice(["mlx", "numpy"]),
-                 help="What runs the model: mlx (mlx-lm), or numpy (mlxedge's own forward pass).  "
+    click.option("--engine", "--backend", "engine",
+                 type=click.Choice(["mlx", "numpy", "llama.cpp"]),
+                 help="What runs the model: mlx (mlx-lm), numpy (mlxedge's own forward pass), or "
+                 "llama.cpp.  "
                  "[default: mlx for folders on Apple silicon, else numpy]"),
     click.option("--threads", type=click.IntRange(min=1), metavar="N",
-                 help="Processors for engine numpy.  [default: all]"),
+                 help="Processors for engines numpy and llama.cpp.  [default: all]"),
 ]  # fmt: skip
 _SAMPLING: list[Callable[[Any], Any]] = [
     click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, metavar="N",

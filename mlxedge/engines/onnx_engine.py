@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 CONFIG = "genai_config.json"
+#: What one sequence holds unless told otherwise.
+_CONTEXT = 4096
 
 
 def is_onnx_folder(path: Path) -> bool:
@@ -52,21 +54,24 @@ def read_folder(path: Path) -> OnnxFolder:
 
 @dataclass
 class OnnxState:
-    """A generator holds one sequence. It is made for the first tokens."""
+    """A generator, which holds one sequence."""
 
-    generator: Any = None
+    generator: Any
     length: int = 0
 
 
 class OnnxEngine:
     """Implements ``Engine``. It generates greedily only, and gives logits of the last token only.
 
+    ``wanted`` is how many tokens will be asked for at most: there is room for them from the start.
     Raises BackendError if onnxruntime-genai is not installed or cannot load the folder.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, folder: OnnxFolder, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: OnnxFolder, threads: int | None = None, wanted: int | None = None
+    ) -> None:
         if importlib.util.find_spec("onnxruntime_genai") is None:
             raise BackendError(
                 "engine onnxruntime needs onnxruntime-genai: pip install 'mlxedge[onnx]'"
@@ -75,7 +80,7 @@ class OnnxEngine:
 
         self.threads: int | None = threads
         self._folder, self._og = folder, og
-        self._context, self._vocab = folder.context, folder.vocab
+        self._context, self._vocab = min(folder.context, wanted or _CONTEXT), folder.vocab
         try:
             og.disable_telemetry_events()
             config = og.Config(str(folder.path))
@@ -87,13 +92,15 @@ class OnnxEngine:
             raise BackendError(f"onnxruntime-genai cannot load {folder.path}: {error}") from error
 
     def state(self) -> OnnxState:
-        return OnnxState()
+        params = self._og.GeneratorParams(self._model)
+        # An end token must not end a measurement; min_length keeps it from being chosen.
+        params.set_search_options(
+            max_length=self._context, min_length=self._context, do_sample=False
+        )
+        return OnnxState(self._og.Generator(self._model, params))
 
     def truncate(self, state: OnnxState, length: int) -> None:
         if length >= state.length:
-            return
-        if length == 0:
-            state.generator, state.length = None, 0
             return
         state.generator.rewind_to(length)
         state.length = length
@@ -129,12 +136,5 @@ class OnnxEngine:
         import numpy as np
 
         check_tokens(tokens, self._vocab, state.length, self._context)
-        if state.generator is None:
-            params = self._og.GeneratorParams(self._model)
-            # An end token must not end a measurement; min_length keeps it from being chosen.
-            params.set_search_options(
-                max_length=self._context, min_length=self._context, do_sample=False
-            )
-            state.generator = self._og.Generator(self._model, params)
         state.generator.append_tokens(np.asarray(tokens, np.int32))
         state.length += len(tokens)
