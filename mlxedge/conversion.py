@@ -73,15 +73,15 @@ def convert(
     wrote, and ``False`` leaves it out, which makes the quality "reference". ``overrides``
     (``mlxedge.recipes.overrides``) are types for single tensors. ``stream`` reads the weights of a
     Hub repository as they are wanted (``mlxedge.open_source``) instead of downloading them first,
-    and calibrates on the way; what is written is the same. ``adapter`` is the folder of a LoRA that
-    is merged first (``mlxedge.sources.adapter``). ``progress`` is told of the weights,
-    ``calibrating`` of the model's run before or between them.
+    and calibrates on the way; what is written is the same. ``adapter`` is the folder or the Hub
+    id of a LoRA that is merged first (``mlxedge.sources.adapter``). ``progress`` is told of the
+    weights, ``calibrating`` of the model's run before or between them.
 
     Raises MlxedgeError and its kind; nothing is left at a final path unless it is complete.
     """
     from mlxedge.pipeline import run_plan
     from mlxedge.sources import open_source
-    from mlxedge.sources.adapter import with_adapter
+    from mlxedge.sources.adapter import find_adapter, with_adapter
 
     targets = [parse_target(t) for t in ([to] if isinstance(to, str) else to)]
     with contextlib.ExitStack() as stack:
@@ -91,7 +91,7 @@ def convert(
         elif stream:
             raise UsageError("an open checkpoint cannot be streamed: open it with stream=True")
         if adapter is not None:
-            opened = stack.enter_context(with_adapter(opened, Path(adapter)))
+            opened = stack.enter_context(with_adapter(opened, find_adapter(adapter)))
         plan, checkpoint = plan_conversion(
             opened,
             targets,
