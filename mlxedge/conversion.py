@@ -22,6 +22,7 @@ from mlxedge.guidance import Guidance, plan_guidance
 from mlxedge.outputs.gguf import plan_gguf
 from mlxedge.outputs.hf_dir import plan_hf
 from mlxedge.outputs.mlx_dir import plan_mlx
+from mlxedge.outputs.requantized import requantized_notes
 from mlxedge.outputs.staging import check_target, partial_dir
 from mlxedge.plan import OutputPlan, Plan, encodings_made
 from mlxedge.prepare import check_weights, prepare
@@ -209,28 +210,13 @@ def plan_conversion(
     )
     for output in plan.outputs:
         output.notes += checkpoint.notes
-        output.notes += [*overrides.unused(output.target), *_quantized_twice(output, checkpoint)]
+        output.notes += [*overrides.unused(output.target), *requantized_notes(output, checkpoint)]
     _find_finished(plan, backend or default_backend(), allow_nan)
     for output in plan.outputs:
         if not output.finished:
             check_target(output.path, force)
     _check_disk(plan, checkpoint.cache)
     return plan, checkpoint
-
-
-def _quantized_twice(output: OutputPlan, checkpoint: Checkpoint) -> list[str]:
-    """A note where codes of the source are not kept: that costs quality, and often for nothing."""
-    every = {**checkpoint.tensors, **output.sources}
-    sources = [every[t.source] for t in output.tensors if t.kept == "requantized"]
-    kinds = sorted({s.encoding.name for s in sources if not s.decoded})
-    if any(s.decoded for s in sources):
-        kinds.append(checkpoint.quantized or "decoded")
-    if not kinds:
-        return []
-    return [
-        f"the source is quantized already ({', '.join(kinds)}), and this target quantizes it a "
-        "second time; docs/conversion.md says which targets keep its codes"
-    ]
 
 
 def _find_finished(plan: Plan, backend: str, allow_nan: bool) -> None:
