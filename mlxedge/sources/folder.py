@@ -36,6 +36,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "tekken.json",
+    "qwen.tiktoken",
+    "tiktoken.model",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",

@@ -1,0 +1,64 @@
+"""Files in tiktoken's format: told apart from others by their bytes, refused if they are unknown."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+from oracles.vocabularies import byte_level_files
+
+from mlxedge.errors import TokenizerError
+from mlxedge.sources.folder import read_tokenizer
+from mlxedge.tokenizer import TokenizerSpec, load
+from mlxedge.tokenizer.tiktoken import find, is_tiktoken
+
+TOKENS = [bytes([byte]) for byte in range(256)] + [b"ab"]
+
+
+def lines(tokens: list[bytes], end: bytes = b"\n") -> bytes:
+    return b"".join(b"%s %d%s" % (base64.b64encode(t), i, end) for i, t in enumerate(tokens))
+
+
+def test_files_are_told_apart_by_their_first_line() -> None:
+    assert is_tiktoken(lines(TOKENS))
+    assert is_tiktoken(lines(TOKENS, b"\r\n"))
+    assert is_tiktoken(b"IQ== 0")
+    for other in (b"", b"\n\x0e\n\x05<unk>\x15\x00", b"{}", b"IQ==", b"IQ== x\n", b"# a 1\n"):
+        assert not is_tiktoken(other)
+    assert find({"tokenizer.model": b"\n\x0e", "qwen.tiktoken": lines(TOKENS)}) == "qwen.tiktoken"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "qwen.tiktoken", "tiktoken.model"])
+def test_an_unknown_vocabulary_is_a_clear_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(lines(TOKENS))
+    spec, _ = read_tokenizer(tmp_path)
+    assert spec is not None
+    with pytest.raises(TokenizerError) as caught:
+        load(spec)
+    assert f"{name}: a tiktoken vocabulary of 257 tokens that mlxedge does not know" in str(
+        caught.value
+    )
+    assert "tokenizer.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (lines(TOKENS) + b"IQ== 300\n", "line 258: rank 300"),
+        (lines(TOKENS) + b"IQ==\n", "line 258"),
+        (lines(TOKENS) + b"I*Q= 257\n", "line 258"),
+        (lines(TOKENS) + b"\n", "line 258"),
+        (lines([*TOKENS, b"ab"]), "twice"),
+    ],
+)
+def test_a_damaged_file_is_an_error(raw: bytes, words: str) -> None:
+    with pytest.raises(TokenizerError, match=words):
+        load(TokenizerSpec({"qwen.tiktoken": raw}))
+
+
+def test_a_tokenizer_json_beside_it_counts() -> None:
+    files = byte_level_files()
+    alone = load(TokenizerSpec(files))
+    both = load(TokenizerSpec(files | {"tokenizer.model": lines(TOKENS)}))
+    assert both.encode("a text") == alone.encode("a text")
