@@ -233,11 +233,14 @@ def _from_tekken(spec: TokenizerSpec) -> Json:
 def _from_tiktoken(known: tiktoken.Known, tokens: Sequence[bytes], config: Json) -> Json:
     """The settings may name special tokens otherwise, by their ids."""
     vocab, merges = ranks.byte_level_vocabulary(tokens)
-    special = {len(vocab) + i: text for i, text in enumerate(known.special)}
+    default = {len(vocab) + i: text for i, text in enumerate(known.special)}
     declared = config.get("added_tokens_decoder")
-    for number, entry in declared.items() if isinstance(declared, dict) else ():
-        if number.isdecimal() and int(number) in special and (text := content(entry)):
-            special[int(number)] = text
+    own = {
+        int(number): text
+        for number, entry in (declared.items() if isinstance(declared, dict) else ())
+        if number.isdecimal() and int(number) in default and (text := content(entry))
+    }
+    special = {i: text for i, text in default.items() if text not in own.values()} | own
     if len(set(special.values()) | vocab.keys()) != len(special) + len(vocab):
         raise TokenizerError("tokenizer_config.json: a special token is another token too")
     made = byte_level_document(

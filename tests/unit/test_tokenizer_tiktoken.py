@@ -1,4 +1,4 @@
-"""Files in tiktoken's format: told apart from others by their bytes, refused if they are unknown."""
+"""Files in tiktoken's format: told apart from others by their bytes, refused if unknown."""
 
 from __future__ import annotations
 
