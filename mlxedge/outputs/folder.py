@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from mlxedge.errors import TokenizerError
 from mlxedge.models.wiring import NAMES
 
 if TYPE_CHECKING:
@@ -47,12 +48,21 @@ def window_notes(spec: ModelSpec, config: dict[str, Any], runtime: str) -> list[
     ]
 
 
-def common_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The tokenizer's files and generation_config.json."""
-    files = dict(checkpoint.tokenizer.files) if checkpoint.tokenizer else {}
+def common_files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], list[str]]:
+    """The tokenizer's files and generation_config.json; and what to say of them."""
+    from mlxedge.tokenizer.saved import saved_files
+
+    files: dict[str, bytes] = {}
+    notes = []
+    if checkpoint.tokenizer:
+        try:
+            files = saved_files(checkpoint.tokenizer)
+        except TokenizerError as error:
+            files = dict(checkpoint.tokenizer.files)
+            notes.append(f"the tokenizer's files are copied as they are: {error}")
     if checkpoint.generation_config:
         files["generation_config.json"] = json_bytes(checkpoint.generation_config)
-    return files
+    return files, notes
 
 
 def model_card(checkpoint: Checkpoint, library: str, what: str, recipe: str) -> bytes:

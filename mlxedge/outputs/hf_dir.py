@@ -41,12 +41,13 @@ def plan_hf(
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "pt"}, parameters)
     made = {"architectures": [spec.architecture], **clean_config(config, target.recipe)}
-    files = common_files(checkpoint) | {
+    files, notes = common_files(checkpoint)
+    files |= {
         "config.json": json_bytes(made),
         "README.md": model_card(checkpoint, "transformers", "Float weights", target.recipe),
     }
     if len(layout.files) > 1:
         files["model.safetensors.index.json"] = layout.index
-    plan = OutputPlan(target, path, target.recipe, layout.tensors, layout.files, files)
+    plan = OutputPlan(target, path, target.recipe, layout.tensors, layout.files, files, notes)
     plan.sources = recast_only(sources)
     return plan

@@ -69,7 +69,8 @@ def plan_mlx(
     if settings := _quantization(quantized, tensors, told):
         written["quantization"] = settings
         written["quantization_config"] = dict(settings)
-    files = common_files(checkpoint) | {
+    files, about_tokenizer = common_files(checkpoint)
+    files |= {
         "config.json": json_bytes(written),
         "model.safetensors.index.json": layout.index,
         "README.md": model_card(checkpoint, "mlx", "MLX weights", target.recipe),
@@ -77,7 +78,7 @@ def plan_mlx(
     label = quantized.name if quantized else dtype
     plan = OutputPlan(target, path, label, layout.tensors, layout.files, files)
     plan.sources = recast_only(sources)
-    plan.notes += [*notes, *window_notes(spec, config, "mlx")]
+    plan.notes += [*notes, *window_notes(spec, config, "mlx"), *about_tokenizer]
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: mlx-lm can load but not tokenize")
     return plan
