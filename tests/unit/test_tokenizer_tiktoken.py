@@ -6,8 +6,10 @@ import base64
 from pathlib import Path
 
 import pytest
+from oracles.tiny import write_tiny_llama
 from oracles.vocabularies import byte_level_files
 
+from mlxedge.conversion import convert
 from mlxedge.errors import TokenizerError
 from mlxedge.sources.folder import read_tokenizer
 from mlxedge.tokenizer import TokenizerSpec, load
@@ -62,3 +64,16 @@ def test_a_tokenizer_json_beside_it_counts() -> None:
     alone = load(TokenizerSpec(files))
     both = load(TokenizerSpec(files | {"tokenizer.model": lines(TOKENS)}))
     assert both.encode("a text") == alone.encode("a text")
+
+
+def test_a_folder_that_cannot_be_completed_is_copied_with_a_note(tmp_path: Path) -> None:
+    source = write_tiny_llama(tmp_path / "source", layers=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    (source / "tokenizer.model").write_bytes(lines(TOKENS))
+    report = convert(source, "mlx:4bit", tmp_path / "mlx", calibrate=False)
+    (note,) = (n for n in report.plan.outputs[0].notes if "tokenizer" in n)
+    assert "copied as they are: tokenizer.model: a tiktoken vocabulary" in note
+    assert (tmp_path / "mlx" / "tokenizer.model").read_bytes() == lines(TOKENS)
+    with pytest.raises(TokenizerError, match="does not know"):
+        convert(source, "gguf:q8_0", tmp_path / "out.gguf", calibrate=False)
