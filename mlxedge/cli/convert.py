@@ -217,7 +217,10 @@ def _show_plan(plan: Plan, threads: int) -> None:
     from mlxedge.cli import ui
 
     adapter = plan.source.get("adapter")
-    merged = f", with {adapter['name']} merged into {adapter['tensors']} tensors" if adapter else ""
+    merged = ""
+    if adapter:
+        name = adapter.get("repo") or adapter["name"]
+        merged = f", with {name} merged into {adapter['tensors']} tensors"
     click.echo(f"{plan.name} ({plan.source['kind']}, {_place(plan)}{merged})")
     ui.table(
         ["output", "size", "bits/weight", "tensors"],

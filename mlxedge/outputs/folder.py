@@ -75,9 +75,14 @@ def model_card(checkpoint: Checkpoint, library: str, what: str, recipe: str) -> 
         lines.append(f"license: {checkpoint.license}")
     if base:
         lines.append(f"base_model: {base}")
-    source = checkpoint.origin.repo or checkpoint.name
+    adapter = checkpoint.adapter or {}
+    source = checkpoint.origin.repo or checkpoint.name.removesuffix(f"-{adapter.get('name')}")
     if checkpoint.origin.revision:
         source += f" at revision {checkpoint.origin.revision}"
+    if adapter:
+        source += f" with the adapter {adapter.get('repo') or adapter['name']}"
+        if adapter.get("revision"):
+            source += f" at revision {adapter['revision']}"
     lines += [
         "---",
         "",

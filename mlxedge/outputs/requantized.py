@@ -34,7 +34,8 @@ def requantized_notes(output: OutputPlan, checkpoint: Checkpoint) -> list[str]:
     coded = [(t, s) for t, s in again if s.encoding.family != "plain" and t.reason != "as told"]
     advice = (
         _by_option(output, pairs, coded, checkpoint.cache is None)
-        or _by_target(output, coded)
+        or _by_target(output, coded, len(again))
+        or _merged(checkpoint, len(again))
         or "docs/conversion.md says which targets keep its codes"
     )
     every = sum(t.kept is not None for t, _ in pairs)
@@ -66,20 +67,27 @@ def _by_option(
     return f"{what}: {types} by the recipe's mix, and {option} would keep the codes as {name}"
 
 
-def _by_target(output: OutputPlan, coded: list[_Pair]) -> str | None:
-    """Another target of the same format that would keep the codes of most weights."""
+def _by_target(output: OutputPlan, coded: list[_Pair], again: int) -> str | None:
+    """Another target of the same format that would keep the codes of most weights; ``again``
+    tensors are quantized a second time."""
     weights = sum(s.size for _, s in coded)
-    best: tuple[int, float, str] | None = None
+    best: tuple[int, float, str, int] | None = None
     for text, encoding in _targets(output.target.format):
-        kept = sum(s.size for _, s in coded if _keeps(s, encoding, may_read=False))
-        found = (-kept, encoding.bits_per_weight, text)
-        if 2 * kept > weights and (best is None or found < best):
+        kept = [s.size for _, s in coded if _keeps(s, encoding, may_read=False)]
+        found = (-sum(kept), encoding.bits_per_weight, text, len(kept))
+        if 2 * sum(kept) > weights and (best is None or found < best):
             best = found
     if best is None:
         return None
     pure = output.target.format == "gguf" and any(t.name in _ENDS for t, _ in coded)
-    what = "its codes" if -best[0] == weights else "most of its codes"
+    what = "its codes" if best[3] == again else f"the codes of {best[3]} of these {again} tensors"
     return f"{best[2]}{' with --pure' if pure else ''} would keep {what}"
+
+
+def _merged(checkpoint: Checkpoint, again: int) -> str | None:
+    if checkpoint.adapter and again <= checkpoint.adapter["tensors"]:
+        return "what an adapter changes has no codes to keep"
+    return None
 
 
 def _targets(form: str) -> Iterator[tuple[str, Encoding]]:

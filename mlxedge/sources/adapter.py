@@ -102,8 +102,8 @@ def find_adapter(
 
 
 def with_adapter(checkpoint: Checkpoint, adapter: Adapter | Path) -> Checkpoint:
-    """``checkpoint`` with the adapter (or the one in a folder) merged into it; closing it closes
-    the adapter alone.
+    """``checkpoint`` with the adapter (or the one in a folder) merged into it, named after both;
+    closing it closes the adapter alone.
 
     Raises SourceNotFoundError, CorruptFileError (shapes that do not fit, factors without the
     other), UnsafeFileError (pickles) and UnsupportedModelError for an adapter of another kind or of
@@ -133,6 +133,7 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter | Path) -> Checkpoint:
         about |= {"repo": adapter.repo, "revision": adapter.revision}
     return replace(
         checkpoint,
+        name=f"{checkpoint.name}-{adapter.name}",
         tensors=Tensors(tensors),
         origin=replace(origin, files=files),
         adapter=about,
@@ -156,7 +157,7 @@ def check_files(where: str | Path, names: Collection[str]) -> None:
 def check_folder(folder: Path) -> None:
     """As :func:`check_files`, for a folder."""
     if not folder.is_dir():
-        raise SourceNotFoundError(f"{folder}: a file: an adapter is a folder, give that")
+        raise SourceNotFoundError(f"{folder}: an adapter is a folder: give {folder.parent}")
     check_files(folder, {file.name for file in folder.iterdir() if file.is_file()})
 
 

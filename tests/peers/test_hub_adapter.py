@@ -13,6 +13,7 @@ from oracles.hub_server import HubServer, sha256
 from oracles.tiny import write_tiny_llama
 
 import mlxedge
+from mlxedge.sources.gguf import read_gguf
 
 TO = ("--to", "gguf:f32")
 Files = dict[str, bytes]
@@ -52,7 +53,7 @@ def test_an_adapter_is_downloaded_and_merged(
     source = ("convert", str(base), "--adapter", "org/lora@v1")
     done = program(*source, *TO, "-o", str(out))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "with lora merged into 4 tensors" in done.stdout
+    assert "with org/lora merged into 4 tensors" in done.stdout
     names = {r.path.rpartition(":")[2].rpartition(f"{commit}/")[2] for r in hub.downloads()}
     assert names == set(files)
     mlxedge.convert(base, "gguf:f32", tmp_path / "folder.gguf", adapter=adapter)
@@ -63,9 +64,15 @@ def test_an_adapter_is_downloaded_and_merged(
         "repo": "org/lora", "revision": commit,
     }  # fmt: skip
     assert "repo" not in record
+    assert read_gguf(out).metadata["general.name"].value == "tiny lora"
     hashes = {f["name"]: f["sha256"] for f in record["files"]}
     weights = "adapter_model.safetensors"
     assert hashes[weights] == sha256(files[weights])
+
+    card = program(*source, "--to", "mlx:4bit", "-o", str(tmp_path / "mlx"), "--no-calibrate")
+    assert card.returncode == 0, card.stderr
+    text = (tmp_path / "mlx" / "README.md").read_text()
+    assert f"made from tiny with the adapter org/lora at revision {commit}" in text
 
     hub.requests.clear()
     done = program(*source, *TO, "-o", str(tmp_path / "again.gguf"), HF_HUB_OFFLINE="1")

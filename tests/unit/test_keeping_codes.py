@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from oracles.adapters import write_adapter
 from oracles.llama_cpp import LlamaCpp
 from oracles.quantized_folder import awq_model
 from oracles.tiny import write_tiny_llama
@@ -239,3 +240,14 @@ def test_another_target_that_keeps_codes_is_named(
         named = advice.split()[0]
         options = ("--pure",) if "--pure" in advice else ()
         assert notes(source, named, tmp_path, *options) == []
+
+
+def test_what_an_adapter_changes(tiny: Path, tmp_path: Path) -> None:
+    make(tiny, "mlx:4bit-g32", tmp_path / "mlx")
+    adapter = write_adapter(tmp_path / "lora", tiny, "q_proj")
+    options = ("--adapter", str(adapter))
+    (note,) = notes(tmp_path / "mlx", "mlx:4bit-g32", tmp_path, *options)
+    assert "2 of its 15 quantized tensors a second time" in note
+    assert "an adapter changes has no codes to keep" in note
+    (note,) = notes(tmp_path / "mlx", "gguf:q4_k_m", tmp_path, *options)
+    assert "gguf:q4_1 with --pure would keep the codes of 13 of these 15 tensors" in note
