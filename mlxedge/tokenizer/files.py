@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlxedge.errors import TokenizerError
-from mlxedge.tokenizer import pre, ranks, sentencepiece, tiktoken
+from mlxedge.tokenizer import pre, ranks, recognised, sentencepiece, tiktoken
 from mlxedge.tokenizer.spec import TokenizerSpec
 
 Json = dict[str, Any]
@@ -74,7 +74,8 @@ def _own_roles(spec: TokenizerSpec) -> Json:
     if (name := sentencepiece_file(spec)) is not None:
         return dict(sentencepiece.parse(spec.files[name]).roles())
     if (name := tiktoken.find(spec.files)) is not None:
-        return dict(tiktoken.read(spec.files[name], name)[0].roles)
+        known = tiktoken.known(spec.files[name], name)
+        return dict(known.roles) if known else {}
     return {}
 
 
@@ -159,7 +160,7 @@ def document(spec: TokenizerSpec) -> Json:
         # As the classes of such folders do: LlamaTokenizer for BPE, T5Tokenizer for unigram.
         adds = ("eos_token",) if model.kind == sentencepiece.UNIGRAM else ("bos_token",)
     elif (name := tiktoken.find(spec.files)) is not None:
-        known, tokens = tiktoken.read(spec.files[name], name)
+        known, tokens = recognised.find(spec.files[name], name, config)
         made, adds = _from_tiktoken(known, tokens, config), known.adds
     elif "vocab.json" in spec.files and "merges.txt" in spec.files:
         made = _from_vocab_and_merges(spec, config)
@@ -234,7 +235,7 @@ def _from_tiktoken(known: tiktoken.Known, tokens: Sequence[bytes], config: Json)
     """The settings may name special tokens otherwise, by their ids."""
     vocab, merges = ranks.byte_level_vocabulary(tokens)
     default = {len(vocab) + i: text for i, text in enumerate(known.special)}
-    declared = config.get("added_tokens_decoder")
+    declared = config.get(recognised.DECLARED)
     own = {
         int(number): text
         for number, entry in (declared.items() if isinstance(declared, dict) else ())
@@ -246,7 +247,7 @@ def _from_tiktoken(known: tiktoken.Known, tokens: Sequence[bytes], config: Json)
     made = byte_level_document(
         vocab | {text: i for i, text in special.items()},
         merges,
-        pre.splitting(known.pattern),
+        pre.splitting(*known.expressions),
         known.ignore_merges,
     )
     made["normalizer"] = known.normalizer

@@ -2,9 +2,9 @@
 
 Every line is a token in base64 and its rank (``load_tiktoken_bpe`` in tiktoken/load.py). That is
 all: how a text is cut, which special tokens follow and what is added to a text stands in the code
-that comes with a model. So a vocabulary is recognised by its hash, and what belongs to it is
-written down here: of Llama 3 from llama_models/llama3/tokenizer.py of llama-models 0.3.0 and the
-tokenizer.json of the Hub's Llama 3.1, of Qwen from tokenization_qwen.py of Qwen-7B.
+that comes with a model. What belongs to two vocabularies is written down here, by their hash (of
+others see ``recognised``): to Llama 3's from llama_models/llama3/tokenizer.py of llama-models 0.3.0
+and the tokenizer.json of the Hub's Llama 3.1, to Qwen's from tokenization_qwen.py of Qwen-7B.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclass(frozen=True)
 class Known:
-    """What belongs to a vocabulary: the cutting expression, the special tokens, whose ids follow
-    those of the others, their roles, and which of these roles are added to a text.
+    """What belongs to a vocabulary: the cutting expressions, one after the other, the special
+    tokens, whose ids follow those of the others, their roles, and which of these roles are added to
+    a text.
 
     ``ignore_merges``: a whole word that is a token is taken as it is; so it is in tiktoken, and
     where merges find all tokens it makes no difference.
     """
 
     name: str
-    pattern: str
+    expressions: tuple[str, ...]
     special: tuple[str, ...]
     roles: Mapping[str, str]
     adds: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ def _llama3_special() -> tuple[str, ...]:
 _KNOWN = {
     "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55": Known(
         "Llama 3",
-        rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
+        (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",),
         _llama3_special(),
         {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
         adds=("bos_token",),
@@ -77,7 +78,7 @@ _KNOWN = {
     ),
     "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186": Known(
         "Qwen",
-        rf"{_WORDS}|\p{{N}}|{_REST}",
+        (rf"{_WORDS}|\p{{N}}|{_REST}",),
         (
             *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
             *(f"<|extra_{i}|>" for i in range(205)),
@@ -98,26 +99,15 @@ def find(files: Mapping[str, bytes]) -> str | None:
     return next((name for name in FILES if name in files and is_tiktoken(files[name])), None)
 
 
+def known(raw: bytes, name: str) -> Known | None:
+    """What is written down here of a vocabulary. Raises TokenizerError for a damaged file."""
+    lines = (b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(read(raw, name)))
+    return _KNOWN.get(hashlib.sha256(b"".join(lines)).hexdigest())
+
+
 @functools.lru_cache(2)
-def read(raw: bytes, name: str) -> tuple[Known, list[bytes]]:
-    """What is known of a vocabulary, and its tokens in the order of their ranks.
-
-    Raises TokenizerError for a damaged file, and for a vocabulary that is not known here.
-    """
-    tokens = _tokens(raw, name)
-    lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
-    known = _KNOWN.get(hashlib.sha256(b"".join(lines)).hexdigest())
-    if known is None:
-        names = " and ".join(known.name for known in _KNOWN.values())
-        raise TokenizerError(
-            f"{name}: a tiktoken vocabulary of {len(tokens)} tokens that mlxedge does not know "
-            f"({names} it does); such a file does not say how text is cut: put the model's "
-            "tokenizer.json beside it"
-        )
-    return known, tokens
-
-
-def _tokens(raw: bytes, name: str) -> list[bytes]:
+def read(raw: bytes, name: str) -> list[bytes]:
+    """The tokens in the order of their ranks. Raises TokenizerError for a damaged file."""
     tokens = []
     for number, line in enumerate(raw.splitlines()):
         try:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import normalizers
 
 from mlxedge.gguf_values import Metadata
-from mlxedge.tokenizer import Tokenizer, TokenizerSpec, from_gguf, load, to_gguf
+from mlxedge.tokenizer import Tokenizer, TokenizerSpec, from_gguf, load, tiktoken, to_gguf
 
 WAYS = [(special, parse) for special in (True, False) for parse in (True, False)]
 KINDS = {
@@ -146,6 +146,32 @@ def test_tiktoken_vocabularies_have_their_special_tokens() -> None:
     assert qwen.vocab_size == 151851
     assert qwen.encode("<|im_start|>a<|extra_204|>") == [151644, 64, 151850]
     assert qwen.end_ids >= {151643, 151645}
+
+
+@pytest.mark.parametrize("name", ["llama3-tiktoken", "qwen-tiktoken"])
+def test_vocabularies_are_recognised_by_their_ids(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if nothing were written down of them: llama.cpp's list tells how text is cut."""
+    listed, files = ours(name), spec(name).files
+    size = len(ranked(name)[0])
+    declared = {
+        str(i): {"content": listed.token(i), "special": True}
+        for i in range(size, listed.vocab_size)
+    }
+    config: dict[str, object] = {"added_tokens_decoder": declared}
+    if listed.bos_id is not None:
+        config["bos_token"] = listed.token(listed.bos_id)
+    monkeypatch.setattr(tiktoken, "_KNOWN", {})
+    found = TokenizerSpec({**files, "tokenizer_config.json": json.dumps(config).encode()})
+    tokenizer = load(found)
+    assert tokenizer.vocab_size == listed.vocab_size
+    for text in (text for text in HARD if text not in _NOT_NFC):
+        assert tokenizer.encode(text) == listed.encode(text)
+        assert tokenizer.encode(text, parse_special=False) == listed.encode(
+            text, parse_special=False
+        )
+    assert to_gguf(found, {})["tokenizer.ggml.pre"].value == KINDS[name][1]
 
 
 @pytest.mark.parametrize("name", [n for n in REAL if n != "smollm2" and "tiktoken" not in n])

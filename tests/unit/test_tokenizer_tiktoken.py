@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,16 @@ def test_an_unknown_vocabulary_is_a_clear_error(tmp_path: Path, name: str) -> No
     assert spec is not None
     with pytest.raises(TokenizerError) as caught:
         load(spec)
-    assert f"{name}: a tiktoken vocabulary of 257 tokens that mlxedge does not know" in str(
-        caught.value
-    )
-    assert "tokenizer.json" in str(caught.value)
+    message = str(caught.value)
+    assert f"{name}: a tiktoken vocabulary of 257 tokens that mlxedge does not know" in message
+    assert "special tokens" in message
+    assert "put the model's tokenizer.json beside it" in message
+    declared = {"added_tokens_decoder": {"257": {"content": "<|end|>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared))
+    spec, _ = read_tokenizer(tmp_path)
+    assert spec is not None
+    with pytest.raises(TokenizerError, match="neither mlxedge nor"):
+        load(spec)
 
 
 @pytest.mark.parametrize(
