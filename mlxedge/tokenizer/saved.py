@@ -21,10 +21,16 @@ from mlxedge.tokenizer.files import (
 )
 from mlxedge.tokenizer.spec import TokenizerSpec
 
-#: Classes of transformers 5 that make a tokenizer of a SentencePiece model alone.
+#: Classes of transformers 5 that make a tokenizer of a SentencePiece model alone, and the setting
+#: without which they do not add what the model's own library adds.
 _OF_SENTENCEPIECE = {
-    f"{model}Tokenizer{fast}"
-    for model in ("Llama", "CodeLlama", "Gemma", "T5")
+    f"{model}Tokenizer{fast}": setting
+    for model, setting in (
+        ("Llama", "add_bos_token"),
+        ("CodeLlama", "add_bos_token"),
+        ("Gemma", "add_bos_token"),
+        ("T5", "tokenizer_class"),
+    )
     for fast in ("", "Fast")
 }
 #: Of tokenizer_config.json: what is in tokenizer.json, or needs code that is not there.
@@ -65,8 +71,8 @@ def _replaced(spec: TokenizerSpec) -> tuple[str, ...] | None:
         return (ranks.TEKKEN,)
     if sentencepiece_file(spec) is not None:
         config = read_json(spec, "tokenizer_config.json")
-        loads = config.get("tokenizer_class") in _OF_SENTENCEPIECE and "auto_map" not in config
-        return None if loads else ()
+        needed = _OF_SENTENCEPIECE.get(str(config.get("tokenizer_class")))
+        return None if needed in config and "auto_map" not in config else ()
     if (name := tiktoken.find(spec.files)) is not None:
         return (name,)
     return None

@@ -14,6 +14,7 @@ from oracles.tiny import write_tiny_llama
 from mlxedge.conversion import convert
 from mlxedge.sources import open_source
 from mlxedge.tokenizer import TokenizerSpec, load, to_gguf
+from mlxedge.tokenizer.saved import saved_files
 
 #: Tokenizer → architecture of the model that it is put into, and its other settings.
 CASES: dict[str, tuple[str, str, dict[str, object]]] = {
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
          "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}},
     ),
     "sentencepiece": ("mistral-v3", "llama", {}),
+    "sentencepiece-with-a-class": ("mistral-v1", "llama", {"tokenizer_class": "LlamaTokenizer"}),
     "sentencepiece-in-mistral": ("mistral-v1", "mistral", {}),
     "sentencepiece-in-qwen3": ("mistral-v1", "qwen3", {"add_bos_token": False}),
     "sentencepiece-of-its-own-code": (
@@ -86,3 +88,10 @@ def test_what_is_written_is_the_same_tokenizer(name: str, tmp_path: Path) -> Non
     with open_source(tmp_path / "mlx") as found:
         assert found.tokenizer is not None
         assert to_gguf(found.tokenizer, {}) == to_gguf(spec, {})
+
+
+def test_files_that_load_are_left_alone() -> None:
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>"}
+    files = {**REAL["mistral-v1"](), "tokenizer_config.json": json.dumps(config).encode()}
+    assert saved_files(TokenizerSpec(files)) == files
+    assert saved_files(TokenizerSpec(REAL["gpt-2"]())) == REAL["gpt-2"]()
