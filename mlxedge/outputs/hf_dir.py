@@ -40,7 +40,10 @@ def plan_hf(
         )
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "pt"}, parameters)
-    made = {"architectures": [spec.architecture], **clean_config(config, target.recipe)}
+    made = {
+        "architectures": [spec.architecture],
+        **clean_config(spec.hf_config(config), target.recipe),
+    }
     files, notes = common_files(checkpoint)
     files |= {
         "config.json": json_bytes(made),
