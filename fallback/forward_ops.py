@@ -95,11 +95,12 @@ def _gate(step: int, frame: int, thread: int) -> None:
     gate, gate_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     up, up_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
     kind, gated = get_i64(step + _FIFTH), get_i64(step + _SECOND) != 0
+    numbers = get_i64(step + _SIXTH)
     vectors = (get_i64(step + _THIRD) + LANES - 1) // LANES
     n, threads = get_i64(frame + N) * get_i64(step + _FOURTH), get_i64(frame + THREADS)
     for unit in range(thread * vectors * n // threads, (thread + 1) * vectors * n // threads):
         i, d = unit // vectors, unit % vectors * 64
-        v = activate(kind, load_f32(gate + i * gate_row + d))
+        v = activate(kind, load_f32(gate + i * gate_row + d), numbers)
         if gated:
             v = v * load_f32(up + i * up_row + d)
         store_f32(gate + i * gate_row + d, v)

@@ -36,7 +36,7 @@ _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
 #: How a router's logits become scores: see :meth:`Tape.route`.
 Score = Literal["softmax", "sigmoid", "softmax_top"]
 #: See :mod:`mlxedge.fallback.activations`.
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 #: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
 #: which expert of how many that is for: 0 of 1, but for the taps of experts.
 Watch = Callable[[Any, np.ndarray, int, int], None]
@@ -254,11 +254,18 @@ class Tape:
             fields += [p.matrix.address, p.matrix.rows, p.out.offset, self._vector(p.bias), onto]
         self._record(step_kernel("linear"), *fields)
 
-    def gate(self, gate: Buffer, up: Buffer | None, activation: Activation = "silu") -> None:
-        """gate = activation(gate) · up, or without up, for every position or slot."""
+    def gate(
+        self,
+        gate: Buffer,
+        up: Buffer | None,
+        activation: Activation = "silu",
+        numbers: np.ndarray | None = None,
+    ) -> None:
+        """gate = activation(gate) · up, or without up, for every position or slot; ``numbers`` f32
+        are those that the activation has of its own."""
         offset = 0 if up is None else up.offset
         fields = gate.offset, offset, gate.width, gate.slots, ACTIVATIONS[activation]
-        self._record(step_kernel("gate"), *fields)
+        self._record(step_kernel("gate"), *fields, self._vector(numbers))
 
     def add(self, x: Buffer, to: Buffer, factor: float = 1.0) -> None:
         """to += factor · x."""

@@ -13,6 +13,7 @@ from mlxedge.models.mixers import load_mixer
 from mlxedge.models.rope import Rope, inverse_frequencies
 from mlxedge.models.shape import Shape
 from mlxedge.models.weights import Weights
+from mlxedge.models.wiring import TRAINED
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: The matrices of an MLP, those together that have the same input.
@@ -128,10 +129,22 @@ class Graph:
         else:
             gate, *up = self._dense_buffers
             self.linear(seen, mlp_names[0], [gate, *up])
-            tape.gate(gate, up[0] if up else None, shape.activation)
+            numbers = self._trained(block)
+            tape.gate(gate, up[0] if up else None, shape.activation, numbers)
             self._linear_onto(gate, mlp_names[1], block, wiring.mlp_out_norm)
         if wiring.parallel:
             tape.add(after, x, shape.factors.residual)
+
+    def _trained(self, block: str) -> np.ndarray | None:
+        """What the activation of an MLP has trained, as the tape takes it."""
+        parts = TRAINED.get(self.shape.activation)
+        if parts is None:
+            return None
+        found = [self.weights.vector(f"{block}mlp.act_fn.{part}") for part in parts]
+        alpha_p, alpha_n, beta, epsilon = np.concatenate(found).astype(np.float64)
+        # Trained are those of which the softplus counts.
+        alphas = np.logaddexp(0.0, alpha_p), beta + np.logaddexp(0.0, alpha_n)
+        return np.array([*alphas, beta, epsilon], np.float32)
 
     def _linear_onto(self, x: Any, names: tuple[str, ...], block: str, norm: str | None) -> None:
         """The stream += the factor · the norm, where there is one, of the product of x."""

@@ -41,7 +41,8 @@ class Name:
     ``layers(config)`` in which layers, if not in all. ``stored`` is the name in a Hugging Face
     folder where that differs, with ``{e}`` for the expert if each is a tensor of its own; ``mlx``
     that in an MLX folder. ``offset`` is what GGUF adds to the values; ``exact`` ones stay f32
-    whatever the others become.
+    whatever the others become. A ``listed`` one is a number of each layer that GGUF has in its
+    metadata: ``gguf`` is then the key of an array and ``.{i}``.
     """
 
     hf: str
@@ -54,6 +55,7 @@ class Name:
     mlx: str | None = None
     offset: float = 0.0
     exact: bool = False
+    listed: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,18 @@ class ModelSpec:
         mapped = self.to_gguf(hf_name)
         return () if mapped is None else (mapped[0],)
 
+    def listed(self, layers: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+        """Arrays of GGUF's metadata, by key, that hold tensors of one number: of each of
+        ``layers`` its Hugging Face name and shape."""
+        found = {}
+        for name in self.names:
+            if name.listed:
+                shape = tuple(1 for _ in name.shape)
+                found[name.gguf.removesuffix(".{i}")] = [
+                    (name.hf.format(i=i), shape) for i in range(layers)
+                ]
+        return found
+
     def offset(self, hf_name: str) -> float:
         """What GGUF adds to the values of a Hugging Face tensor."""
         found = (name.offset for pattern, name in self._by_hf if pattern.fullmatch(hf_name))
@@ -250,6 +264,7 @@ class ModelSpec:
         """What the words in ``Name.shape`` stand for."""
         head = config["head_dim"]
         found = {
+            "one": 1,
             "vocab": config["vocab_size"],
             "hidden": config["hidden_size"],
             "intermediate": config["intermediate_size"],

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from mlxedge.errors import UnsupportedModelError
 
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 #: Activation functions by the names in configs. transformers' "gelu_new" and "gelu_fast" are the
 #: same function as "gelu_pytorch_tanh", computed in other steps.
-ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh", "gelu", "relu2"]] = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -22,7 +23,10 @@ ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh", "gelu", "relu2"]] = {
     "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
+#: What an activation has trained, of each layer, as numbers in tensors of the module ``mlp.act_fn``.
+TRAINED = {"xielu": ("alpha_p", "alpha_n", "beta", "eps")}
 #: The runtimes of each format, as people call them.
 NAMES = {"gguf": "llama.cpp", "mlx": "mlx-lm"}
 _ACTIVATION_KEYS = ("hidden_activation", "hidden_act")
@@ -85,9 +89,7 @@ def activation_name(config: Mapping[str, Any], wiring: Wiring) -> str:
     return str(found)
 
 
-def activation_of(
-    config: Mapping[str, Any], wiring: Wiring
-) -> Literal["silu", "gelu_tanh", "gelu", "relu2"]:
+def activation_of(config: Mapping[str, Any], wiring: Wiring) -> Activation:
     """As the tape calls it; raises UnsupportedModelError if it is none of ``ACTIVATIONS``."""
     name = activation_name(config, wiring)
     if name not in ACTIVATIONS:

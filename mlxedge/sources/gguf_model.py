@@ -192,7 +192,29 @@ def _tensors(
             f"{', '.join(map(shown, unknown[:3]))}{' …' if len(unknown) > 3 else ''}; "
             "the file needs a reader that knows them"
         )
+    for key, entries in spec.listed(config["num_hidden_layers"]).items():
+        for (name, shape), number in zip(entries, _numbers(gguf, key, len(entries)), strict=True):
+            tensors[name] = _constant(name, np.full(shape, number, np.float32))
     return Tensors(tensors)
+
+
+def _numbers(gguf: GgufFile, key: str, layers: int) -> list[float]:
+    """One of each layer: an array of the metadata, or a number for all."""
+    value = gguf.metadata.get(key)
+    if value is None or (value.item or value.kind) not in ("f32", "f64"):
+        raise CorruptFileError(gguf.path, f"the metadata has no numbers {key}")
+    found = [float(v) for v in value.value] if value.item else [float(value.value)] * layers
+    if len(found) != layers:
+        raise CorruptFileError(gguf.path, f"{key} has {len(found)} numbers for {layers} layers")
+    return found
+
+
+def _constant(name: str, values: np.ndarray) -> SourceTensor:
+    def read(start: int, stop: int) -> Parts:
+        check_rows(name, 1, start, stop)
+        return {"weight": values.reshape(1, -1)[start:stop].copy()}
+
+    return SourceTensor(name, values.shape, PLAIN["f32"], read)
 
 
 def _source_tensor(
