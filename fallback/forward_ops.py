@@ -19,12 +19,13 @@ from mlxedge.fallback.frame import (
     COUNTERS,
     SCRATCH,
     SCRATCH_BYTES,
+    START,
     STEP_SIGNATURE,
     THREADS,
     TOKENS,
     N,
 )
-from mlxedge.fallback.lanes import LANES, inline
+from mlxedge.fallback.lanes import LANES, inline, spread, where
 from mlxedge.fallback.linear import COLS, KERNEL, compile_c
 from mlxedge.fallback.memory import get_f32, get_i64, load_f32, put_f32, store_f32
 from mlxedge.fallback.team import call_6, fetch_add
@@ -135,6 +136,33 @@ def _scale(step: int, frame: int, thread: int) -> None:
         store_f32(x + 64 * unit, v)
 
 
+def _clip(step: int, frame: int, thread: int) -> None:
+    """x, or the limit of its sign where it is beyond that. All rows are one array."""
+    buffer = frame + get_i64(step + _FIRST)
+    x, row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    vectors = (get_i64(frame + N) * row + 63) // 64
+    high = spread(get_f32(step + _SECOND))
+    low, threads = high * -_ONE, get_i64(frame + THREADS)
+    for unit in range(thread * vectors // threads, (thread + 1) * vectors // threads):
+        v = load_f32(x + 64 * unit)
+        v = where(v > high, high, v)
+        store_f32(x + 64 * unit, where(v < low, low, v))
+
+
+def _temper(step: int, frame: int, thread: int) -> None:
+    """x · (1 + β·log(1 + ⌊position / span⌋))."""
+    buffer = frame + get_i64(step + _FIRST)
+    x, x_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    stop = (get_i64(step + _SECOND) + LANES - 1) // LANES * 64
+    beta, span, start = get_f32(step + _THIRD), get_i64(step + _FOURTH), get_i64(frame + START)
+    for i in range(thread, get_i64(frame + N), get_i64(frame + THREADS)):
+        turns = np.float32((start + i) // span)
+        factor = _ONE + beta * np.log(_ONE + turns)
+        for d in range(0, stop, 64):
+            p = x + i * x_row + d
+            store_f32(p, load_f32(p) * factor)
+
+
 @inline
 def _finish(part: int, frame: int, first: int, stop: int, n: int) -> None:
     """Add bias and residual to columns ``first`` to ``stop`` of a product."""
@@ -222,6 +250,8 @@ _STEPS = {
     "embed": _embed,
     "norm": _norm,
     "gate": _gate,
+    "clip": _clip,
+    "temper": _temper,
     "add": _add,
     "scale": _scale,
     "linear": _linear,

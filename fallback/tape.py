@@ -275,6 +275,17 @@ class Tape:
         """x = factor · x, and then cap · tanh(x / cap) if ``cap`` is not zero."""
         self._record(step_kernel("scale"), x.offset, _bits(factor), _bits(cap))
 
+    def clip(self, x: Buffer, limit: float) -> None:
+        """x = the nearest value between -limit and limit."""
+        self._record(step_kernel("clip"), x.offset, _bits(limit))
+
+    def temper(self, x: Buffer, beta: float, span: int) -> None:
+        """x = x · (1 + β·log(1 + ⌊position / span⌋)): the attention temperature of Llama 4, as in
+        transformers' ``modeling_llama4.py``."""
+        if span <= 0:
+            raise UsageError(f"a temperature cannot change every {span} positions")
+        self._record(step_kernel("temper"), x.offset, x.width, _bits(beta), span)
+
     def route(
         self,
         logits: Buffer,

@@ -1,4 +1,4 @@
-"""apertus: Swiss AI's Apertus; an MLP of two matrices around xIELU, whose bends each layer trains."""
+"""apertus: Swiss AI's Apertus; an MLP of two matrices around xIELU, with its numbers trained."""
 
 from __future__ import annotations
 

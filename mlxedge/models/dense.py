@@ -71,6 +71,8 @@ class Dense:
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
+    - ``lacks``: the runtimes that do not have it; ``wires``: a config's wiring, where it differs.
+    - ``yarn_told``: the runtimes that can be told yarn's attention factor.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``recasts``: see ``ModelSpec``.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
@@ -99,6 +101,9 @@ class Dense:
     windowed: Container[str] = ()
     period: int = 0
     longrope: bool = False
+    lacks: tuple[str, ...] = ()
+    wires: Callable[[Config], Wiring] | None = None
+    yarn_told: Container[str] = ()
     notes: Callable[[Config, str], list[str]] = lambda config, runtime: []
     tied: Mapping[str, bool] = field(default_factory=dict)
     adopts: Callable[[Config], Config] = lambda config: config
@@ -128,6 +133,8 @@ class Dense:
             mixers=self.mixers,
             factors=self.factors,
             wiring=self.wiring,
+            wires=self.wires,
+            lacks=self.lacks,
             epsilon=self.epsilon,
             adopt=self.adopt,
             settle=self.settle,
@@ -283,6 +290,8 @@ class Dense:
 
     def objections(self, config: Config, runtime: str) -> list[str]:
         """Why llama.cpp ("gguf") or mlx-lm ("mlx") would compute something else."""
+        if runtime in self.lacks:
+            return [f"{NAMES[runtime]} does not have this architecture ({self.model_type})"]
         rope = self._rope(config)
         found = list(self.check(config, runtime))
         name = activation_name(config, self.wiring)
@@ -299,7 +308,9 @@ class Dense:
         full = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
         if runtime == "gguf" and not full and not self.head_dim_free:
             found.append(f"llama.cpp's {self.arch} needs heads that add up to the hidden size")
-        return found + rope_objections(rope, runtime, self.arch, self.freq_factors)
+        return found + rope_objections(
+            rope, runtime, self.arch, self.freq_factors, runtime in self.yarn_told
+        )
 
 
 def _expert_keys(experts: Experts) -> dict[str, str]:
@@ -312,6 +323,11 @@ def _expert_keys(experts: Experts) -> dict[str, str]:
     if experts.shared_width and experts.shared_gate:
         keys[experts.shared_width] = "expert_shared_feed_forward_length"
     return keys
+
+
+def under(config: Config, keys: Mapping[str, str]) -> Config:
+    """The config with what stands under other ``keys`` under those that are read here."""
+    return config | {to: config[key] for key, to in keys.items() if config.get(key) is not None}
 
 
 def plain_rope(config: Config, runtime: str) -> list[str]:

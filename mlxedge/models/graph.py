@@ -15,7 +15,7 @@ from mlxedge.models.shape import Shape
 from mlxedge.models.weights import Weights
 from mlxedge.models.wiring import TRAINED
 
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TABLE, HEAD, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
 #: The matrices of an MLP, those together that have the same input.
 _MLP = {
     "gated": ("mlp.gate_proj", "mlp.up_proj"),
@@ -199,7 +199,8 @@ class Graph:
         name = head_name(self.weights)
         if table is None or name != TABLE:
             table = self.weights.matrix(name, self.shape.vocab, self.shape.hidden)
-        self.tape.linear(self._h, [self._ops.Product(table, logits)])
+        bias = self.weights.optional(HEAD_BIAS)
+        self.tape.linear(self._h, [self._ops.Product(table, logits, bias)])
         factors = self.shape.factors
         if factors.logits != 1.0 or factors.logits_cap:
             self.tape.scale(logits, factors.logits, factors.logits_cap)
@@ -243,7 +244,10 @@ class Graph:
     def norm(self, x: Any, module: str, out: Any) -> None:
         """out = the norm of x with the weights of ``module``."""
         wiring = self.shape.wiring
-        weight = self.weights.vector(f"{module}.weight")
+        if wiring.bare_norm:
+            weight = np.ones(x.width, np.float32)
+        else:
+            weight = self.weights.vector(f"{module}.weight")
         if wiring.unit_norm:
             weight = weight + np.float32(1.0)
         bias = self.weights.optional(f"{module}.bias")

@@ -24,7 +24,8 @@ def names(
 ) -> tuple[Name, ...]:  # fmt: skip
     """The tensors of a decoder. ``rope_rows``: Q and K are interleaved in GGUF. With ``experts``,
     files call the module that holds them ``block``, and gate, up and down of one expert ``parts``.
-    ``called`` are modules that files call otherwise, those of a layer without its prefix."""
+    ``called`` are modules that files call otherwise, those of a layer without its prefix, which
+    is ``model.layers`` there."""
     wide, narrow = ("intermediate", "hidden"), ("hidden", "intermediate")
     top: list[tuple[Any, ...]] = [
         ("model.embed_tokens.weight", "token_embd.weight", ("vocab", "hidden")),
@@ -52,10 +53,10 @@ def names(
             kinds.append(("gate", "intermediate"))
         for part, width in kinds:
             layer.append((f"mlp.{part}_proj.bias", f"ffn_{part}.bias", (width,), "same", given))
-    norms = [*_norms(wiring)]
+    norms = [] if wiring.bare_norm else [*_norms(wiring)]
     made = [
         *(Name(*entry) for entry in top),
-        *_norm("model.norm", "output_norm", wiring, norm_bias),
+        *(() if wiring.bare_norm else _norm("model.norm", "output_norm", wiring, norm_bias)),
         *(Name(_BLOCK + hf, "blk.{i}." + gguf, *rest) for hf, gguf, *rest in layer),
         *(
             n
@@ -113,10 +114,12 @@ def _head_norms(wiring: Wiring) -> Iterator[Name]:
 def _called(name: Name, called: Mapping[str, str]) -> Name:
     """With the name that files have for it."""
     module, _, leaf = name.hf.rpartition(".")
-    own = called.get(module.removeprefix(_BLOCK))
-    if own is None:
+    home = f"{called.get('model.layers', 'model.layers')}.{{i}}."
+    inner = module.removeprefix(_BLOCK)
+    own = called.get(inner, inner)
+    other = f"{home}{own}.{leaf}" if module.startswith(_BLOCK) else f"{own}.{leaf}"
+    if other == name.hf:
         return name
-    other = f"{_BLOCK}{own}.{leaf}" if module.startswith(_BLOCK) else f"{own}.{leaf}"
     return replace(name, stored=other, mlx=other)
 
 

@@ -103,6 +103,10 @@ class ModelSpec:
     mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
     factors: Callable[[Config], Factors] = lambda config: Factors()
     wiring: Wiring = PRE_NORM
+    #: That of a config, where it differs.
+    wires: Callable[[Config], Wiring] | None = None
+    #: The formats whose runtime does not have the architecture.
+    lacks: tuple[str, ...] = ()
     #: The config key of the norms' epsilon.
     epsilon: str = "rms_norm_eps"
     adopt: Callable[[Config], Config] = lambda config: config
@@ -193,13 +197,17 @@ class ModelSpec:
         found = (name.offset for pattern, name in self._by_hf if pattern.fullmatch(hf_name))
         return next(found, 0.0)
 
-    def to_mlx(self, hf_name: str) -> str:
-        """The name in an MLX folder."""
-        return self._other(hf_name, "mlx") or hf_name
+    def to_mlx(self, hf_name: str, count: int) -> tuple[str, ...]:
+        """The names in an MLX folder: as ``to_stored``."""
+        return self._named(hf_name, "mlx", count)
 
     def to_stored(self, hf_name: str, count: int) -> tuple[str, ...]:
-        """The names in a Hugging Face folder: one, or ``count`` for a stack of so many experts."""
-        other = self._other(hf_name, "stored")
+        """The names in a Hugging Face folder: one, or ``count`` for a stack of so many experts, or
+        of whatever else is apart in files."""
+        return self._named(hf_name, "stored", count)
+
+    def _named(self, hf_name: str, world: Literal["mlx", "stored"], count: int) -> tuple[str, ...]:
+        other = self._other(hf_name, world)
         if other is None:
             return (hf_name,)
         return tuple(other.format(e=e) for e in range(count)) if "{e}" in other else (other,)
@@ -208,7 +216,9 @@ class ModelSpec:
         for pattern, name in self._by_hf:
             if match := pattern.fullmatch(hf_name):
                 found: str | None = getattr(name, world)
-                return None if found is None else found.replace("{i}", match.groupdict()["i"])
+                return (
+                    None if found is None else found.replace("{i}", match.groupdict().get("i", ""))
+                )
         return None
 
     def canonical(self, name: str) -> tuple[str, int | None]:
@@ -259,6 +269,9 @@ class ModelSpec:
                     layers = (0,)
                 found |= {name.hf.format(i=i): shape for i in layers}
         return found
+
+    def wired(self, config: Config) -> Wiring:
+        return self.wiring if self.wires is None else self.wires(config)
 
     def sizes(self, config: Config) -> dict[str, int]:
         """What the words in ``Name.shape`` stand for."""
@@ -323,8 +336,10 @@ class ModelSpec:
         """Whether a source tensor is of layers past the last, which predict further tokens and are
         dropped; ``config`` says that there are some (``PREDICTING``)."""
         ahead = any(config.get(key) for key in PREDICTING) and self.drops_predicting
-        layer = re.match(r"model\.layers\.(\d+)\.", hf_name) if ahead else None
-        return layer is not None and int(layer[1]) >= config["num_hidden_layers"]
+        found = re.match(r"model\.(mtp_)?layers\.(\d+)\.", hf_name) if ahead else None
+        return found is not None and (
+            found[1] is not None or int(found[2]) >= config["num_hidden_layers"]
+        )
 
 
 def _count(names: list[str]) -> str:

@@ -25,7 +25,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "relu2": "relu2",
     "xielu": "xielu",
 }
-#: What an activation has trained, of each layer, as numbers in tensors of the module ``mlp.act_fn``.
+#: What an activation trains, of each layer: numbers in tensors of the module ``mlp.act_fn``.
 TRAINED = {"xielu": ("alpha_p", "alpha_n", "beta", "eps")}
 #: The runtimes of each format, as people call them.
 NAMES = {"gguf": "llama.cpp", "mlx": "mlx-lm"}
@@ -41,7 +41,8 @@ class Wiring:
     ``None`` is no norm. If ``parallel`` the MLP sees x as attention does, and what attention saw
     where there is no ``mlp_norm``.
 
-    - ``layer_norm``: LayerNorm, not RMSNorm; ``unit_norm``: weights are stored less one.
+    - ``layer_norm``: LayerNorm, not RMSNorm; ``unit_norm``: weights are stored less one;
+      ``bare_norm``: there are none.
     - ``activation``: what the runtimes compute, as configs call it; ``mlp``: the product of a gate
       and up, those two in one matrix ("fused"), or none ("plain").
     - ``qkv_fused``: q, k and v are one matrix.
@@ -58,6 +59,7 @@ class Wiring:
     parallel: bool = False
     layer_norm: bool = False
     unit_norm: bool = False
+    bare_norm: bool = False
     activation: str = "silu"
     mlp: Literal["gated", "fused", "plain"] = "gated"
     qkv_fused: bool = False
@@ -73,7 +75,9 @@ PRE_NORM = Wiring()
 @dataclass(frozen=True)
 class Factors:
     """What scales and caps activations: of embeddings, of q·k (``None`` for one over the root of
-    the head's size), of what a block adds to x, and of logits; caps are 0 for none."""
+    the head's size), of what a block adds to x, and of logits; caps are 0 for none, ``clip`` is the
+    largest q, k and v, and ``tempered`` is the β by which q grows, as 1 + β·log(1 + ⌊position /
+    ``span``⌋) (Llama 4's attention temperature)."""
 
     embedding: float = 1.0
     attention: float | None = None
@@ -81,6 +85,9 @@ class Factors:
     logits: float = 1.0
     attention_cap: float = 0.0
     logits_cap: float = 0.0
+    clip: float = 0.0
+    tempered: float = 0.0
+    span: int = 0
 
 
 def activation_name(config: Mapping[str, Any], wiring: Wiring) -> str:

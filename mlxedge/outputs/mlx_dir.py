@@ -60,8 +60,14 @@ def plan_mlx(
             encoding, reason = _choose(source, with_scales(told[name], dtype), dtype)
             reason = reason or (None if encoding == quantized else "as told")
         how, kept = how_to_make(source, encoding, keeps_codes)
-        made = source.name if source.name != name else spec.to_mlx(name)
-        tensors.append(PlannedTensor(name, made, source.shape, encoding, how, kept, reason=reason))
+        count = (*source.shape, 1)[0]
+        own = (source.name,) if source.name != name else spec.to_mlx(name, count)
+        made, pieces = (name, own) if own[1:] else (own[0], ())
+        tensors.append(
+            PlannedTensor(
+                name, made, source.shape, encoding, how, kept, reason=reason, pieces=pieces
+            )
+        )
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "mlx"}, parameters)
 

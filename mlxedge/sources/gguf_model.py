@@ -121,6 +121,9 @@ def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) ->
     for key, tensor in _OPTIONS.items():
         if key in config:
             config[key] = tensor in names
+    for key, tensor in _WITHOUT.items():
+        if key in config:
+            config[key] = tensor not in names
     config["torch_dtype"] = _DTYPE_NAMES[_float_type(gguf)]
     for key, gguf_key in _SPECIAL_IDS.items():
         token = gguf.metadata.get(gguf_key)
@@ -135,7 +138,10 @@ _OPTIONS = {
     "use_qkv_bias": "blk.0.attn_q.bias",
     "mlp_bias": "blk.0.ffn_up.bias",
     "use_qk_norm": "blk.0.attn_q_norm.weight",
+    "qk_layernorm": "blk.0.attn_q_norm.weight",
 }
+#: The same of a tensor that is missing.
+_WITHOUT = {"use_parallel_residual": "blk.0.ffn_norm.weight"}
 _SPECIAL_IDS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",

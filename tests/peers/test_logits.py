@@ -26,6 +26,7 @@ from oracles.checkpoints import (
     write_checkpoint,
 )
 from oracles.llama_cpp import LlamaCpp
+from oracles.stand_ins import load_config
 from oracles.tiny import write_tiny_llama
 
 import mlxedge
@@ -76,7 +77,7 @@ def transformers_logits(folder: Path) -> np.ndarray:
 
     # Other implementations of attention leave the caps of its scores out.
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, config=load_config(folder), dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
         logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].float().numpy()
@@ -276,7 +277,8 @@ def test_what_no_program_of_ours_computes_is_refused(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", PARTIAL)
 def test_what_one_runtime_cannot_compute(name: str, tmp_path: Path) -> None:
-    """It is refused with the reason, and the other runtime and ours agree with transformers."""
+    """It is refused with the reason, and the other runtime, ours and the way back from that
+    runtime's file agree with transformers."""
     settings, refused = PARTIAL[name]
     folder = write_checkpoint(tmp_path / "source", **settings)
     truth = transformers_logits(folder)
@@ -291,10 +293,13 @@ def test_what_one_runtime_cannot_compute(name: str, tmp_path: Path) -> None:
         else:
             mlxedge.convert(folder, f"{kind}:f32", tmp_path / path)
             found[kind] = program(tmp_path)
-    programs = {"gguf": "llama.cpp", "mlx": "mlx-lm", "ours": "ours"}
+            mlxedge.convert(tmp_path / path, "hf:f32", tmp_path / f"from-{kind}")
+            found[f"ours-{kind}"] = our_logits(path)(tmp_path)
+            found[f"{kind}-to-hf"] = transformers_logits(tmp_path / f"from-{kind}")
+    programs = {"gguf": "llama.cpp", "mlx": "mlx-lm"}
     for kind, logits in found.items():
         coarse = kind == "gguf" and rounds_activations(folder)
-        check(name, folder, programs[kind], logits, truth, 1e-3 if coarse else 1e-4)
+        check(name, folder, programs.get(kind, kind), logits, truth, 1e-3 if coarse else 1e-4)
 
 
 @pytest.mark.parametrize("original", [64, 512])

@@ -29,6 +29,12 @@ def record(graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> An
     q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     out, q, k, v = graph.buffers("attention", [q_width, q_width, kv_width, kv_width])
     graph.linear(x, names[0], [q, k, v])
+    factors = shape.factors
+    if factors.clip:
+        for part in (q, k, v):
+            graph.tape.clip(part, factors.clip)
+    if factors.tempered:
+        graph.tape.temper(q, factors.tempered, factors.span)
     attend(graph, layer, q, k, v, out)
     return out
 

@@ -1,0 +1,31 @@
+"""helium: Kyutai's Helium 1; llama's graph, rotating neighbouring dimensions."""
+
+from __future__ import annotations
+
+from mlxedge.models.dense import Dense, plain_rope
+from mlxedge.models.names import names
+from mlxedge.models.spec import Config
+from mlxedge.models.wiring import Wiring
+
+WIRING = Wiring(neighbours=True)
+
+
+def _check(config: Config, runtime: str) -> list[str]:
+    found = plain_rope(config, "mlx-lm")
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        found.append("mlx-lm's helium needs heads that add up to the hidden size")
+    return found
+
+
+SPEC = Dense(
+    model_type="helium",
+    architecture="HeliumForCausalLM",
+    arch="helium",
+    names=names(WIRING, qkv_bias="attention_bias", mlp_bias="mlp_bias"),
+    wiring=WIRING,
+    fixed={"attention_bias": False, "mlp_bias": False},
+    defaults={"rms_norm_eps": 1e-8, "head_dim": 128},
+    theta=1e5,
+    lacks=("gguf",),
+    check=_check,
+).spec()
