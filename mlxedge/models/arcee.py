@@ -11,7 +11,8 @@ WIRING = Wiring(mlp="plain", activation="relu2")
 
 
 def _check(config: Config, runtime: str) -> list[str]:
-    return ["llama.cpp's arcee has no biases in its MLP"] if config.get("mlp_bias") else []
+    found = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    return [f"llama.cpp's arcee has no biases ({', '.join(found)})"] if found else []
 
 
 SPEC = Dense(

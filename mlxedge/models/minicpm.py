@@ -63,20 +63,18 @@ def _check(config: Config, runtime: str) -> list[str]:
     full = config["head_dim"] * config["num_attention_heads"]
     if runtime == "mlx" and full != config["hidden_size"]:
         found.append("mlx-lm's minicpm needs heads that add up to the hidden size")
+    if runtime == "mlx" and rope_settings(config).type == LONG:
+        found.append(
+            "mlx-lm loads tokenizers through transformers, which fails over longrope in the config "
+            "of an architecture that it does not have"
+        )
     return found
 
 
 def _notes(config: Config, runtime: str) -> list[str]:
-    found = []
-    if config.get("sparse_config"):
-        found.append("the model's sparse attention to long contexts (sparse_config) becomes full")
-    rope = rope_settings(config)
-    if runtime == "mlx" and rope.type == LONG and rope.short_factor != rope.long_factor:
-        found.append(
-            "mlx-lm always rotates by the factors of long contexts: up to "
-            f"{rope.original_max_position} tokens it differs from the model"
-        )
-    return found
+    if not config.get("sparse_config"):
+        return []
+    return ["the model's sparse attention to long contexts (sparse_config) becomes full attention"]
 
 
 SPEC = Dense(

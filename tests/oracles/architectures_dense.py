@@ -72,21 +72,6 @@ SAVED |= {
         },
     },
     "minicpm": {"model_type": "minicpm"},
-    "minicpm-longrope": {
-        "model_type": "minicpm",
-        "tie_word_embeddings": False,
-        "scale_emb": 3,
-        "scale_depth": 2.5,
-        "dim_model_base": 64,
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 1e4,
-            "factor": 1.0,
-            "original_max_position_embeddings": 256,
-            "short_factor": [1.0, 1.1, 1.3, 1.2] * 4,
-            "long_factor": [1.0, 1.1, 1.3, 1.2] * 4,
-        },
-    },
     "exaone": {"model_type": "exaone", "rope_parameters": LLAMA3},
     "exaone-tied": {"model_type": "exaone", "tie_word_embeddings": True, "rope_parameters": LINEAR},
     "stablelm-parallel": {
@@ -100,6 +85,11 @@ SAVED |= {
     "phi": {"model_type": "phi", "num_key_value_heads": 4},
     "phi-half-grouped": {"model_type": "phi", "rope_parameters": HALF},
     "glm-rotates-all": {"model_type": "glm"},
+    "glm-tied-no-biases": {
+        "model_type": "glm",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    },
     "mimo": {"model_type": "mimo"},
 }
 PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -129,6 +119,23 @@ PARTIAL |= {
         {"model_type": "minicpm", "tie_word_embeddings": True},
         {"mlx": "tied embeddings"},
     ),
+    "minicpm-longrope": (
+        {
+            "model_type": "minicpm",
+            "scale_emb": 3,
+            "scale_depth": 2.5,
+            "dim_model_base": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "factor": 1.0,
+                "original_max_position_embeddings": 256,
+                "short_factor": [1.0, 1.1, 1.3, 1.2] * 4,
+                "long_factor": [1.0, 1.1, 1.3, 1.2] * 4,
+            },
+        },
+        {"mlx": "fails over longrope"},
+    ),
     "minicpm-head-dim": (
         {"model_type": "minicpm", "head_dim": 48},
         {"mlx": "mlx-lm's minicpm needs heads that add up"},
@@ -149,22 +156,18 @@ PARTIAL |= {
         {"model_type": "glm", "rope_parameters": HALF},
         {"mlx": "mlx-lm's glm rotates all of a head"},
     ),
-    "glm-tied-no-biases": (
-        {"model_type": "glm", "attention_bias": False, "tie_word_embeddings": True},
-        {"mlx": "mlx-lm's glm rotates all of a head"},
-    ),
     "arcee": (
         {"model_type": "arcee", "head_dim": 48, "rope_parameters": LLAMA3},
         {"mlx": "mlx-lm does not have this architecture"},
     ),
-    "arcee-biases-tied": (
-        {"model_type": "arcee", "attention_bias": True, "tie_word_embeddings": True},
+    "arcee-tied": (
+        {"model_type": "arcee", "tie_word_embeddings": True},
         {"mlx": "mlx-lm does not have this architecture"},
     ),
-    "arcee-all-biases": (
+    "arcee-biases": (
         {"model_type": "arcee", "attention_bias": True, "mlp_bias": True},
         {
-            "gguf": "llama.cpp's arcee has no biases in its MLP",
+            "gguf": "llama.cpp's arcee has no biases",
             "mlx": "mlx-lm does not have this architecture",
         },
     ),
@@ -204,15 +207,18 @@ PARTIAL |= {
         {"model_type": "helium"},
         {"gguf": "llama.cpp does not have this architecture"},
     ),
-    "helium-biases-tied": (
+    "helium-biases": (
         {
             "model_type": "helium",
             "attention_bias": True,
             "mlp_bias": True,
-            "tie_word_embeddings": True,
             "num_key_value_heads": 4,
         },
         {"gguf": "llama.cpp does not have this architecture"},
+    ),
+    "helium-tied": (
+        {"model_type": "helium", "tie_word_embeddings": True},
+        {"gguf": "llama.cpp does not have this architecture", "mlx": "tied embeddings"},
     ),
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

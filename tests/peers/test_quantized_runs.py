@@ -31,7 +31,7 @@ RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 RUNS |= {
     settings["model_type"]: (settings, tuple({"gguf", "mlx"} - set(refused)))
     for settings, refused in PARTIAL.values()
-    if spec_for(settings).lacks
+    if set(refused) == set(spec_for(settings).lacks)
 }
 
 
