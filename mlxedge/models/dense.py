@@ -74,6 +74,7 @@ class Dense:
     - ``lacks``: the runtimes that do not have it; ``wires``: a config's wiring, where it differs.
     - ``yarn_told``: the runtimes that can be told yarn's attention factor.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
+    - ``unties``: whether mlx-lm gets a tied table twice, as it needs a head of its own.
     - ``recasts``: see ``ModelSpec``.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
@@ -106,6 +107,7 @@ class Dense:
     yarn_told: Container[str] = ()
     notes: Callable[[Config, str], list[str]] = lambda config, runtime: []
     tied: Mapping[str, bool] = field(default_factory=dict)
+    unties: bool = False
     adopts: Callable[[Config], Config] = lambda config: config
     settles: Callable[[Config], Config] = lambda config: config
     #: The sliding window of each layer, 0 for none, as transformers 5 applies it.
@@ -135,6 +137,7 @@ class Dense:
             wiring=self.wiring,
             wires=self.wires,
             lacks=self.lacks,
+            unties=self.unties,
             epsilon=self.epsilon,
             adopt=self.adopt,
             settle=self.settle,
@@ -274,6 +277,8 @@ class Dense:
         made |= {k: v for k, v in self.fixed.items() if k not in made}
         if "mlx" not in self.windowed:
             made.pop("layer_types", None)  # it runs every layer with full attention
+        if self.unties:
+            made["tie_word_embeddings"] = False
         if (window := self.window(config, "mlx")) is not None:
             made["max_position_embeddings"] = window
         if self.wiring.partial:

@@ -26,7 +26,7 @@ SPEC = Dense(
     fixed={"attention_bias": False, "mlp_bias": False},
     defaults={"rms_norm_eps": 1e-8, "head_dim": 128},
     theta=1e5,
-    tied={"mlx": False},
+    unties=True,
     lacks=("gguf",),
     check=_check,
 ).spec()

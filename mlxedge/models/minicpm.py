@@ -86,8 +86,7 @@ SPEC = Dense(
     fixed={},
     defaults={**_FACTORS, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
     longrope=True,
-    # mlx-lm divides the logits of a head of its own only.
-    tied={"mlx": False},
+    unties=True,  # mlx-lm divides the logits of a head of its own only
     gguf=_gguf,
     back=_back,
     check=_check,

@@ -105,6 +105,8 @@ class ModelSpec:
     wiring: Wiring = PRE_NORM
     #: That of a config, where it differs.
     wires: Callable[[Config], Wiring] | None = None
+    #: Whether a tied table stands twice in MLX folders, as the head as well.
+    unties: bool = False
     #: The formats whose runtime does not have the architecture.
     lacks: tuple[str, ...] = ()
     #: The config key of the norms' epsilon.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from mlxedge.targets import Target
 if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
 
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: By the GGUF name, which every architecture has the same.
 _ROLES: dict[str, Role] = {"output.weight": "output", "token_embd.weight": "embedding"}
 
@@ -68,6 +70,9 @@ def plan_mlx(
                 name, made, source.shape, encoding, how, kept, reason=reason, pieces=pieces
             )
         )
+    twice = spec.unties and config["tie_word_embeddings"]
+    if twice:
+        tensors += [replace(t, name=_HEAD) for t in tensors if t.name == spec.to_mlx(_TABLE, 1)[0]]
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "mlx"}, parameters)
 
@@ -84,6 +89,10 @@ def plan_mlx(
     plan = OutputPlan(target, path, label, layout.tensors, layout.files, files)
     plan.sources = recast_only(sources)
     plan.notes += [*notes, *window_notes(spec, config, "mlx")]
+    if twice:
+        plan.notes.append(
+            "the table of tied embeddings stands twice: mlx-lm needs a head of its own"
+        )
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: mlx-lm can load but not tokenize")
     return plan

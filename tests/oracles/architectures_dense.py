@@ -72,6 +72,7 @@ SAVED |= {
         },
     },
     "minicpm": {"model_type": "minicpm"},
+    "minicpm-tied": {"model_type": "minicpm", "tie_word_embeddings": True},
     "exaone": {"model_type": "exaone", "rope_parameters": LLAMA3},
     "exaone-tied": {"model_type": "exaone", "tie_word_embeddings": True, "rope_parameters": LINEAR},
     "stablelm-parallel": {
@@ -114,10 +115,6 @@ PARTIAL |= {
     "internlm3-head-dim": (
         {"model_type": "internlm3", "head_dim": 48},
         {"mlx": "mlx-lm's internlm3 needs heads that add up"},
-    ),
-    "minicpm-tied": (
-        {"model_type": "minicpm", "tie_word_embeddings": True},
-        {"mlx": "tied embeddings"},
     ),
     "minicpm-longrope": (
         {
@@ -218,7 +215,7 @@ PARTIAL |= {
     ),
     "helium-tied": (
         {"model_type": "helium", "tie_word_embeddings": True},
-        {"gguf": "llama.cpp does not have this architecture", "mlx": "tied embeddings"},
+        {"gguf": "llama.cpp does not have this architecture"},
     ),
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles import architectures_dense
 from oracles.checkpoints import SIZES
 from oracles.llama_cpp import LlamaCpp
 from oracles.tiny import write_tokenizer
@@ -34,19 +35,25 @@ TEXT: dict[str, dict[str, Any]] = {
         "sliding_window": 40,
     },
     "mistral3": {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
+    "mistral3 of ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 32,
+        "rope_parameters": architectures_dense.TEMPERED,
+    },
 }
 #: How files on the Hub call the tensors of a language model within a larger one.
 PREFIXES = {"new": "model.language_model.", "old": "language_model.model."}
 
 
 def write_model(folder: Path, kind: str, names: str) -> np.ndarray:
-    """A model, and its logits on ``TOKENS``."""
+    """A model, and its logits on ``TOKENS``; ``kind`` begins with its type."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    own = {"head_dim": 16} if kind == "mistral3" else {}
+    whole = kind.split()[0]
+    own = {"head_dim": 16} if whole == "mistral3" else {}
     config = AutoConfig.for_model(
-        kind,
+        whole,
         text_config=SIZES | TEXT[kind],
         vision_config=VISION | own,
         image_token_index=511,
@@ -81,7 +88,9 @@ def test_logits(kind: str, names: str, tmp_path: Path) -> None:
     truth = write_model(tmp_path / "source", kind, names)
     report = mlxedge.convert(tmp_path / "source", ["gguf:f32", "mlx:f32"], tmp_path)
     for output in report.plan.outputs:
-        assert any(f"the language model of this {kind} alone" in note for note in output.notes)
+        assert any(
+            f"the language model of this {kind.split()[0]} alone" in note for note in output.notes
+        )
     written = json.loads((tmp_path / "source-mlx-f32/config.json").read_text("utf-8"))
     assert written["model_type"] == TEXT[kind]["model_type"]
     assert "vision_config" not in written
