@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from oracles.checkpoints import SAVED, write_checkpoint
 from oracles.gguf_models import write_gguf_model
+from oracles.stand_ins import load_config
 from oracles.tiny import SENTENCES, write_tiny_llama
 
 import mlxedge
@@ -19,6 +20,7 @@ from mlxedge.calibration.imatrix import read_imatrix
 from mlxedge.calibration.statistics import FEWEST_TOKENS
 from mlxedge.calibration.texts import Sample, sample
 from mlxedge.layers import LayerRunner
+from mlxedge.models import spec_for
 from mlxedge.prepare import prepare
 from mlxedge.sources import open_source
 
@@ -42,6 +44,12 @@ OTHERS = (
     "glm4-biases-three-quarters",
     "olmo2",
     "granite",
+    "apertus",
+    "ministral3",
+    "minicpm-tied",
+    "exaone",
+    "stablelm-parallel",
+    "phi",
     "cohere2",
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
@@ -54,7 +62,7 @@ def inputs_by_transformers(folder: Path, ids: np.ndarray) -> dict[str, np.ndarra
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, config=load_config(folder), dtype=torch.float32, attn_implementation="eager"
     )
     seen: dict[str, list[np.ndarray]] = {}
     for name, module in model.named_modules():
@@ -76,7 +84,8 @@ def test_sums_and_hessians(name: str, tmp_path: Path) -> None:
         folder = write_tiny_llama(tmp_path / "tiny", **CHECKPOINTS[name])
     else:
         folder = write_checkpoint(tmp_path / "tiny", **SAVED[name])
-    expected = inputs_by_transformers(folder, IDS)
+    spec = spec_for(json.loads((folder / "config.json").read_text("utf-8")))
+    expected = {spec.canonical(key)[0]: x for key, x in inputs_by_transformers(folder, IDS).items()}
     if json.loads((folder / "config.json").read_text("utf-8"))["tie_word_embeddings"]:
         expected["model.embed_tokens.weight"] = expected.pop("lm_head.weight")
     with open_source(folder) as opened:
