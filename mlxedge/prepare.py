@@ -63,6 +63,7 @@ _WITHIN = (
     (re.compile(r"(?:model\.)?language_model\.lm_head\."), "lm_head."),
     (re.compile(r"(?:model\.)?language_model\.(?:model\.)?"), "model."),
     (re.compile(r"lm_head\."), "lm_head."),
+    (re.compile(r"model\.(?=(?:embed_tokens|layers|norm)\.)"), "model."),
 )
 #: Of the whole, where its language model does not say: all else in its config is not of text.
 _OF_THE_WHOLE = (
@@ -85,6 +86,10 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
     config = checkpoint.config
     text = config.get("text_config")
     known = known_model_types()
+    if text is None and isinstance(config.get("vision_config"), dict):
+        # Configs of old have the keys of both in one.
+        text = {key: value for key, value in config.items() if not key.endswith("_config")}
+        text["model_type"] = f"{config.get('model_type')}_text"
     if not isinstance(text, dict) or config.get("model_type") in known:
         return checkpoint
     if text.get("model_type") not in known:

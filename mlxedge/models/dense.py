@@ -67,6 +67,7 @@ class Dense:
       allows heads that do not add up to the hidden size.
     - ``keys``: further config keys that GGUF has; ``mlx``: those that mlx-lm reads under another
       name or in another form.
+      ``hf`` gives the config for transformers, where that is of another type.
       ``gguf`` gives GGUF's metadata that no config key has.
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
@@ -99,6 +100,7 @@ class Dense:
     keys: tuple[Key, ...] = ()
     mlx: Callable[[Config], Config] = lambda config: {}
     gguf: Callable[[Config], gv.Metadata] = lambda config: {}
+    hf: Callable[[Config], Config] = lambda config: config
     windowed: Container[str] = ()
     period: int = 0
     longrope: bool = False
@@ -127,6 +129,7 @@ class Dense:
             gguf_extra=self.gguf_extra,
             config_from_gguf=self.config_from_gguf,
             mlx_config=self.mlx_config,
+            hf_config=self.hf,
             objections=self.objections,
             notes=self.notes,
             window=self.window,

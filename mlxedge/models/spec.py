@@ -69,6 +69,7 @@ class ModelSpec:
     - ``gguf_extra(config)``: tensors f32 that only GGUF has, by name (``rope_freqs.weight``).
     - ``config_from_gguf(metadata, extra)``: the way back; ``extra`` holds those tensors, f32.
     - ``mlx_config(config)``: the config.json that mlx-lm reads right.
+    - ``hf_config(config)``: the config.json that transformers reads.
     - ``objections(config, format)``: why the runtime of ``format`` ("gguf", "mlx") cannot compute
       this model, or nothing.
     - ``window(config, format)``: up to how many tokens of context full attention, where that is all
@@ -102,6 +103,7 @@ class ModelSpec:
     ropes: Callable[[Config], tuple[Rope | None, ...]]
     mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
     factors: Callable[[Config], Factors] = lambda config: Factors()
+    hf_config: Callable[[Config], Config] = lambda config: config
     wiring: Wiring = PRE_NORM
     #: That of a config, where it differs.
     wires: Callable[[Config], Wiring] | None = None

@@ -40,7 +40,10 @@ def plan_hf(
         )
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "pt"}, parameters)
-    made = {"architectures": [spec.architecture], **clean_config(config, target.recipe)}
+    made = {
+        "architectures": [spec.architecture],
+        **clean_config(spec.hf_config(config), target.recipe),
+    }
     files = common_files(checkpoint) | {
         "config.json": json_bytes(made),
         "README.md": model_card(checkpoint, "transformers", "Float weights", target.recipe),

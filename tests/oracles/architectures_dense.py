@@ -32,7 +32,12 @@ TEMPERED = {
     "llama_4_scaling_beta": 0.1,
 }
 
+SECTIONS = {**PLAIN, "mrope_section": [4, 6, 6]}
+
 OWN: dict[str, dict[str, Any]] = {
+    "qwen2_vl_text": {"rope_parameters": SECTIONS},
+    "qwen2_5_vl_text": {"rope_parameters": SECTIONS},
+    "qwen3_vl_text": {"head_dim": 32, "rope_parameters": SECTIONS},
     "jais2": {"num_key_value_heads": 4},
     "internlm3": {"head_dim": 32},
     "helium": {"head_dim": 32},
@@ -92,6 +97,19 @@ SAVED |= {
         "tie_word_embeddings": True,
     },
     "mimo": {"model_type": "mimo"},
+}
+SAVED |= {
+    "qwen2_vl_text": {"model_type": "qwen2_vl_text"},
+    "qwen2_5_vl_text-yarn-untied": {
+        "model_type": "qwen2_5_vl_text",
+        "tie_word_embeddings": False,
+        "rope_parameters": {**YARN, "mrope_section": [6, 6, 4]},
+    },
+    "qwen3_vl_text": {
+        "model_type": "qwen3_vl_text",
+        "head_dim": 48,
+        "rope_parameters": {**PLAIN, "mrope_section": [8, 8, 8], "mrope_interleaved": True},
+    },
 }
 PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "apertus-biases": (

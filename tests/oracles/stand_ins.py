@@ -29,8 +29,17 @@ def _granite(config: Settings) -> Settings:
     }
 
 
-def _qwen2(config: Settings) -> Settings:
-    return config | {"model_type": "qwen2"}
+def _reads_only(model_type: str) -> Callable[[Settings], Settings]:
+    """The language model of one that sees, without sections of its rotary embeddings."""
+
+    def made(config: Settings) -> Settings:
+        found = {k: v for k, v in config.items() if k != "mrope_section"}
+        if rope := found.get("rope_parameters"):
+            rope = {k: v for k, v in rope.items() if not k.startswith("mrope_")}
+            found["rope_parameters"] = rope
+        return found | {"model_type": model_type}
+
+    return made
 
 
 MINICPM: Settings = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 48}
@@ -38,7 +47,10 @@ MINICPM: Settings = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 48}
 #: config.json holds beside them.
 STAND_INS: dict[str, tuple[Callable[[Settings], Settings], Settings]] = {
     "minicpm": (_granite, MINICPM),
-    "mimo": (_qwen2, {}),
+    "mimo": (_reads_only("qwen2"), {}),
+    "qwen2_vl_text": (_reads_only("qwen2"), {}),
+    "qwen2_5_vl_text": (_reads_only("qwen2"), {}),
+    "qwen3_vl_text": (_reads_only("qwen3"), {}),
 }
 
 

@@ -40,7 +40,39 @@ TEXT: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "rope_parameters": architectures_dense.TEMPERED,
     },
+    "qwen2_vl": {
+        "model_type": "qwen2_vl_text",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 6, 6]},
+    },
+    "qwen2_5_vl": {
+        "model_type": "qwen2_5_vl_text",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 6, 6]},
+    },
+    "qwen3_vl": {
+        "model_type": "qwen3_vl_text",
+        "head_dim": 48,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e5,
+            "mrope_section": [8, 8, 8],
+            "mrope_interleaved": True,
+        },
+    },
 }
+#: What their encoders of images call their sizes.
+ENCODERS: dict[str, dict[str, Any]] = {
+    "mistral3": {"head_dim": 16},
+    "qwen2_vl": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 128},
+    "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 128},
+    "qwen3_vl": {
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": 128,
+        "deepstack_visual_indexes": [0],
+    },
+}
+#: What mlx-lm has for it, where that is of another type.
+IN_MLX = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 #: How files on the Hub call the tensors of a language model within a larger one.
 PREFIXES = {"new": "model.language_model.", "old": "language_model.model."}
 
@@ -51,7 +83,7 @@ def write_model(folder: Path, kind: str, names: str) -> np.ndarray:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     whole = kind.split()[0]
-    own = {"head_dim": 16} if whole == "mistral3" else {}
+    own = ENCODERS.get(whole, {})
     config = AutoConfig.for_model(
         whole,
         text_config=SIZES | TEXT[kind],
@@ -79,6 +111,16 @@ def write_model(folder: Path, kind: str, names: str) -> np.ndarray:
     return logits
 
 
+def by_transformers(folder: Path) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].numpy()
+    return logits
+
+
 @pytest.mark.parametrize("names", PREFIXES)
 @pytest.mark.parametrize("kind", TEXT)
 def test_logits(kind: str, names: str, tmp_path: Path) -> None:
@@ -92,7 +134,8 @@ def test_logits(kind: str, names: str, tmp_path: Path) -> None:
             f"the language model of this {kind.split()[0]} alone" in note for note in output.notes
         )
     written = json.loads((tmp_path / "source-mlx-f32/config.json").read_text("utf-8"))
-    assert written["model_type"] == TEXT[kind]["model_type"]
+    model_type = TEXT[kind]["model_type"]
+    assert written["model_type"] == IN_MLX.get(model_type, model_type)
     assert "vision_config" not in written
     mlx_lm = load(str(tmp_path / "source-mlx-f32"))[0]
     found = [np.array(mlx_lm(mx.array([TOKENS]))[0].astype(mx.float32))]
@@ -100,6 +143,8 @@ def test_logits(kind: str, names: str, tmp_path: Path) -> None:
         found.append(model.logits(TOKENS))
     with mlxedge.load(tmp_path / "source", engine="numpy") as ours:
         found.append(ours.logits(TOKENS))
+    mlxedge.convert(tmp_path / "source-F32.gguf", "hf:f32", tmp_path / "back")
+    found.append(by_transformers(tmp_path / "back"))
     for logits in found:
         # llama.cpp looks gemma's GELU up in a table of f16.
         assert np.abs(logits - truth).max() <= 1e-3 * np.abs(truth).max()
