@@ -148,3 +148,25 @@ def test_logits(kind: str, names: str, tmp_path: Path) -> None:
     for logits in found:
         # llama.cpp looks gemma's GELU up in a table of f16.
         assert np.abs(logits - truth).max() <= 1e-3 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_configs_that_are_not_nested(kind: str, tmp_path: Path) -> None:
+    """As those on the Hub, which are older."""
+    truth = write_model(tmp_path, kind, "new")
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(text | config), "utf-8")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for name, tensor in weights.items()
+    }
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with mlxedge.load(tmp_path, engine="numpy") as ours:
+        assert np.abs(ours.logits(TOKENS) - truth).max() <= 1e-4 * np.abs(truth).max()
