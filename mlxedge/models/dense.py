@@ -6,6 +6,7 @@ conversion/llama.py, as vendored by llama-cpp-python 0.3.36.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -343,6 +344,28 @@ def plain_rope(config: Config, runtime: str) -> list[str]:
     kind = rope_settings(config).type
     model_type = config["model_type"]
     return [] if kind == "default" else [f"{runtime}'s {model_type} has no {kind} rope scaling"]
+
+
+def longrope_objections(config: Config) -> list[str]:
+    """An objection where mlx-lm would scale cosine and sine otherwise."""
+    rope = rope_settings(config)
+    if rope.type != LONG:
+        return []
+    ratio = config["max_position_embeddings"] / rope.original_max_position
+    scale = 1 + math.log(max(ratio, 1.0)) / math.log(rope.original_max_position)
+    if math.isclose(rope.attention_factor, math.sqrt(scale), rel_tol=1e-6):
+        return []
+    return ["mlx-lm cannot be told this longrope attention_factor"]
+
+
+def longrope_notes(config: Config, runtime: str) -> list[str]:
+    rope = rope_settings(config)
+    if runtime == "gguf" or rope.type != LONG or rope.short_factor == rope.long_factor:
+        return []
+    return [
+        "mlx-lm always rotates by the factors of long contexts: up to "
+        f"{rope.original_max_position} tokens it differs from the model"
+    ]
 
 
 def experts_everywhere(experts: Experts, config: Config, runtime: str) -> list[str]:

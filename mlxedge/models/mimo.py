@@ -22,6 +22,14 @@ SPEC = Dense(
     fixed={},
     head_dim_free=False,
     drops_predicting=True,
+    hf=lambda config: (
+        config
+        | {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "use_sliding_window": False,
+        }
+    ),
     reads=lambda metadata: False,  # they are Qwen's
     check=_check,
 ).spec()

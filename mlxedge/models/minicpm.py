@@ -1,12 +1,16 @@
 """minicpm: OpenBMB's MiniCPM 1, 2 and 4; llama's graph with factors on embeddings, residuals and
-logits."""
+logits.
+
+transformers does not have it, and mlx-lm's leaves a factor out where embeddings are tied: both get
+a Granite.
+"""
 
 from __future__ import annotations
 
 import math
 
 from mlxedge import gguf_values as gv
-from mlxedge.models.dense import Dense
+from mlxedge.models.dense import Dense, longrope_notes, longrope_objections
 from mlxedge.models.names import names
 from mlxedge.models.rope import LONG, rope_settings
 from mlxedge.models.rope_files import Get, shortest
@@ -32,6 +36,20 @@ def _factors(config: Config) -> Factors:
         residual=_residual(config),
         logits=1.0 / _logits(config),
     )
+
+
+def _granite(config: Config) -> Config:
+    """The config of a Granite that computes the same."""
+    return {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "embedding_multiplier": float(config["scale_emb"]),
+        "attention_multiplier": config["head_dim"] ** -0.5,
+        "residual_multiplier": _residual(config),
+        "logits_scaling": _logits(config),
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
 
 
 def _gguf(config: Config) -> gv.Metadata:
@@ -62,19 +80,15 @@ def _check(config: Config, runtime: str) -> list[str]:
     found = [f"{key} is 0" for key in _FACTORS if not config[key]]
     full = config["head_dim"] * config["num_attention_heads"]
     if runtime == "mlx" and full != config["hidden_size"]:
-        found.append("mlx-lm's minicpm needs heads that add up to the hidden size")
-    if runtime == "mlx" and rope_settings(config).type == LONG:
-        found.append(
-            "mlx-lm loads tokenizers through transformers, which fails over longrope in the config "
-            "of an architecture that it does not have"
-        )
-    return found
+        found.append("mlx-lm's granite needs heads that add up to the hidden size")
+    return found + (longrope_objections(config) if runtime == "mlx" else [])
 
 
 def _notes(config: Config, runtime: str) -> list[str]:
-    if not config.get("sparse_config"):
-        return []
-    return ["the model's sparse attention to long contexts (sparse_config) becomes full attention"]
+    found = longrope_notes(config, runtime)
+    if config.get("sparse_config"):
+        found.append("the model's sparse attention to long contexts (sparse_config) becomes full")
+    return found
 
 
 SPEC = Dense(
@@ -86,8 +100,9 @@ SPEC = Dense(
     fixed={},
     defaults={**_FACTORS, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
     longrope=True,
-    unties=True,  # mlx-lm divides the logits of a head of its own only
     gguf=_gguf,
+    mlx=_granite,
+    hf=lambda config: {k: v for k, v in config.items() if k not in _FACTORS} | _granite(config),
     back=_back,
     check=_check,
     notes=_notes,

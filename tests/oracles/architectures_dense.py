@@ -77,6 +77,20 @@ SAVED |= {
         },
     },
     "minicpm": {"model_type": "minicpm"},
+    "minicpm-longrope": {
+        "model_type": "minicpm",
+        "scale_emb": 3,
+        "scale_depth": 2.5,
+        "dim_model_base": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 1.0,
+            "original_max_position_embeddings": 256,
+            "short_factor": [1.0, 1.1, 1.3, 1.2] * 4,
+            "long_factor": [1.0, 1.1, 1.3, 1.2] * 4,
+        },
+    },
     "minicpm-tied": {"model_type": "minicpm", "tie_word_embeddings": True},
     "exaone": {"model_type": "exaone", "rope_parameters": LLAMA3},
     "exaone-tied": {"model_type": "exaone", "tie_word_embeddings": True, "rope_parameters": LINEAR},
@@ -97,6 +111,13 @@ SAVED |= {
         "tie_word_embeddings": True,
     },
     "mimo": {"model_type": "mimo"},
+    "helium": {"model_type": "helium"},
+    "helium-mlp-biases-tied": {
+        "model_type": "helium",
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+    },
 }
 SAVED |= {
     "qwen2_vl_text": {"model_type": "qwen2_vl_text"},
@@ -134,26 +155,9 @@ PARTIAL |= {
         {"model_type": "internlm3", "head_dim": 48},
         {"mlx": "mlx-lm's internlm3 needs heads that add up"},
     ),
-    "minicpm-longrope": (
-        {
-            "model_type": "minicpm",
-            "scale_emb": 3,
-            "scale_depth": 2.5,
-            "dim_model_base": 64,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "factor": 1.0,
-                "original_max_position_embeddings": 256,
-                "short_factor": [1.0, 1.1, 1.3, 1.2] * 4,
-                "long_factor": [1.0, 1.1, 1.3, 1.2] * 4,
-            },
-        },
-        {"mlx": "fails over longrope"},
-    ),
     "minicpm-head-dim": (
         {"model_type": "minicpm", "head_dim": 48},
-        {"mlx": "mlx-lm's minicpm needs heads that add up"},
+        {"mlx": "mlx-lm's granite needs heads that add up"},
     ),
     "exaone-biases": (
         {"model_type": "exaone", "attention_bias": True, "mlp_bias": True},
@@ -211,29 +215,16 @@ PARTIAL |= {
         },
         {"mlx": "mlx-lm does not have this architecture"},
     ),
+    "helium-biases": (
+        {"model_type": "helium", "attention_bias": True, "rope_parameters": PLAIN},
+        {"gguf": "a llama has a bias of the output"},
+    ),
     "olmo-biases": (
         {"model_type": "olmo", "attention_bias": True},
         {
             "gguf": "llama.cpp's olmo has no attention biases",
             "mlx": "mlx-lm does not have this architecture",
         },
-    ),
-    "helium": (
-        {"model_type": "helium"},
-        {"gguf": "llama.cpp does not have this architecture"},
-    ),
-    "helium-biases": (
-        {
-            "model_type": "helium",
-            "attention_bias": True,
-            "mlp_bias": True,
-            "num_key_value_heads": 4,
-        },
-        {"gguf": "llama.cpp does not have this architecture"},
-    ),
-    "helium-tied": (
-        {"model_type": "helium", "tie_word_embeddings": True},
-        {"gguf": "llama.cpp does not have this architecture"},
     ),
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -299,7 +299,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, Any]]] = {
             "tie_word_embeddings": False,
             "vocab_size": 64000,
         },
-        ("mlx",),
+        ("gguf", "mlx"),
         {"epsilon": 1e-8, "theta": 2e4},
     ),
 }
