@@ -60,8 +60,8 @@ _WORLDS: dict[str, World] = {"hf": "stored", "mlx": "mlx", "gguf": "gguf"}
 
 #: What the tensors of a language model are called within one that sees or hears as well.
 _WITHIN = (
-    (re.compile(r"(?:model\.)?language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"(?:model\.)?language_model\.(?:model\.)?"), "model."),
+    (re.compile(r"(?:model\.)?(?:language|text)_model\.lm_head\."), "lm_head."),
+    (re.compile(r"(?:model\.)?(?:language|text)_model\.(?:model\.)?"), "model."),
     (re.compile(r"lm_head\."), "lm_head."),
     (re.compile(r"model\.(?=(?:embed_tokens|layers|norm)\.)"), "model."),
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.encodings import PLAIN
 from mlxedge.models.spec import ModelSpec
-from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card
+from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card, type_note
 from mlxedge.outputs.safetensors_file import lay_out
 from mlxedge.plan import OutputPlan, PlannedTensor, how_to_make
 from mlxedge.sources.recasts import recast_only, to_world
@@ -52,4 +52,5 @@ def plan_hf(
         files["model.safetensors.index.json"] = layout.index
     plan = OutputPlan(target, path, target.recipe, layout.tensors, layout.files, files)
     plan.sources = recast_only(sources)
+    plan.notes += type_note(config, made, "transformers")
     return plan

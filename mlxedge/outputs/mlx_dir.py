@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.encodings import MLX_FLOAT, PLAIN, Affine, Encoding, MlxFloat
 from mlxedge.models.spec import ModelSpec
-from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card, window_notes
+from mlxedge.outputs.folder import (
+    clean_config,
+    common_files,
+    json_bytes,
+    model_card,
+    type_note,
+    window_notes,
+)
 from mlxedge.outputs.safetensors_file import lay_out
 from mlxedge.plan import OutputPlan, PlannedTensor, how_to_make, keeps_codes
 from mlxedge.recipes.overrides import NONE, Overrides, Role, with_scales
@@ -89,6 +96,7 @@ def plan_mlx(
     plan = OutputPlan(target, path, label, layout.tensors, layout.files, files)
     plan.sources = recast_only(sources)
     plan.notes += [*notes, *window_notes(spec, config, "mlx")]
+    plan.notes += type_note(config, written, "mlx-lm")
     if twice:
         plan.notes.append(
             "the table of tied embeddings stands twice: mlx-lm needs a head of its own"

@@ -40,6 +40,7 @@ TEXT: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "rope_parameters": architectures_dense.TEMPERED,
     },
+    "smolvlm": {"model_type": "llama", "head_dim": 32},
     "qwen2_vl": {
         "model_type": "qwen2_vl_text",
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 6, 6]},
@@ -62,6 +63,7 @@ TEXT: dict[str, dict[str, Any]] = {
 #: What their encoders of images call their sizes.
 ENCODERS: dict[str, dict[str, Any]] = {
     "mistral3": {"head_dim": 16},
+    "smolvlm": {"image_size": 56},
     "qwen2_vl": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 128},
     "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 128},
     "qwen3_vl": {
