@@ -40,7 +40,7 @@ def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
     head, table = kept.get("lm_head.weight"), kept.get("model.embed_tokens.weight")
     if config["tie_word_embeddings"] and head is not None:
         # As in transformers 5, a head that differs is the model's own, whatever the config says.
-        if table is None or not _has_weights_here(checkpoint) or _same_weights(head, table):
+        if table is None or not checkpoint.has_weights_here or _same_weights(head, table):
             del kept["lm_head.weight"]
         else:
             config = config | {"tie_word_embeddings": False}
@@ -149,11 +149,6 @@ def check_weights(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     those of the model that its config describes."""
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     spec.check_tensors(checkpoint.config, shapes, checkpoint.origin.path)
-
-
-def _has_weights_here(checkpoint: Checkpoint) -> bool:
-    """Whether weights can be read at no cost: inspecting a model on the Hub has headers only."""
-    return any(file.suffix in (".safetensors", ".gguf") for file in checkpoint.origin.files)
 
 
 def _same_weights(one: SourceTensor, other: SourceTensor) -> bool:

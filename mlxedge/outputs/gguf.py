@@ -128,7 +128,11 @@ def plan_gguf(
     metadata = _general(checkpoint, spec, target, sum(t.size for t in checkpoint.tensors.values()))
     metadata |= spec.gguf_metadata(config)
     for key, entries in listed.items():
-        found = [_number(checkpoint.tensors[name]) for name, _ in entries]
+        # Nothing is written of a model of which headers alone are here.
+        found = [
+            _number(checkpoint.tensors[name]) if checkpoint.has_weights_here else 0.0
+            for name, _ in entries
+        ]
         metadata[key] = gv.array("f32", found)
     metadata["general.file_type"] = gv.u32(llama_cpp.file_type(target.recipe))
     metadata["general.quantization_version"] = gv.u32(_QUANTIZATION_VERSION)
