@@ -167,7 +167,7 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
 
     @property
     def has_weights_here(self) -> bool:
-        """Whether weights can be read at no cost: inspecting a model on the Hub has headers only."""
+        """Whether weights can be read at no cost: an inspection on the Hub has headers only."""
         return any(file.suffix in (".safetensors", ".gguf") for file in self.origin.files)
 
     def close(self) -> None:

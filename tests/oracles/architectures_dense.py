@@ -37,6 +37,11 @@ SECTIONS = {**PLAIN, "mrope_section": [4, 6, 6]}
 OWN: dict[str, dict[str, Any]] = {
     "qwen2_vl_text": {"rope_parameters": SECTIONS},
     "qwen2_5_vl_text": {"rope_parameters": SECTIONS},
+    "glm4v_text": {
+        "head_dim": 32,
+        "attention_bias": True,
+        "rope_parameters": {**HALF, "mrope_section": [2, 3, 3]},
+    },
     "qwen3_vl_text": {"head_dim": 32, "rope_parameters": SECTIONS},
     "jais2": {"num_key_value_heads": 4},
     "internlm3": {"head_dim": 32},
@@ -126,6 +131,7 @@ SAVED |= {
         "tie_word_embeddings": False,
         "rope_parameters": {**YARN, "mrope_section": [6, 6, 4]},
     },
+    "glm4v_text": {"model_type": "glm4v_text"},
     "qwen3_vl_text": {
         "model_type": "qwen3_vl_text",
         "head_dim": 48,

@@ -50,6 +50,7 @@ STAND_INS: dict[str, tuple[Callable[[Settings], Settings], Settings]] = {
     "mimo": (_reads_only("qwen2"), {}),
     "qwen2_vl_text": (_reads_only("qwen2"), {}),
     "qwen2_5_vl_text": (_reads_only("qwen2"), {}),
+    "glm4v_text": (_reads_only("glm4"), {}),
     "qwen3_vl_text": (_reads_only("qwen3"), {}),
 }
 

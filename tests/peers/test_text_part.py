@@ -49,6 +49,15 @@ TEXT: dict[str, dict[str, Any]] = {
         "model_type": "qwen2_5_vl_text",
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 6, 6]},
     },
+    "glm4v": {
+        "model_type": "glm4v_text",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e5,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 3, 3],
+        },
+    },
     "qwen3_vl": {
         "model_type": "qwen3_vl_text",
         "head_dim": 48,
@@ -66,6 +75,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "smolvlm": {"image_size": 56},
     "qwen2_vl": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 128},
     "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 128},
+    "glm4v": {"depth": 1, "num_heads": 2, "out_hidden_size": 128},
     "qwen3_vl": {
         "depth": 1,
         "num_heads": 2,
@@ -74,7 +84,12 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
 }
 #: What mlx-lm has for it, where that is of another type.
-IN_MLX = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+IN_MLX = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "glm4v_text": "glm4",
+}
 #: How files on the Hub call the tensors of a language model within a larger one.
 PREFIXES = {"new": "model.language_model.", "old": "language_model.model."}
 
