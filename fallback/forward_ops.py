@@ -137,16 +137,15 @@ def _scale(step: int, frame: int, thread: int) -> None:
 
 
 def _clip(step: int, frame: int, thread: int) -> None:
-    """x, or the limit of its sign where it is beyond that. All rows are one array."""
+    """x within a limit on both sides."""
     buffer = frame + get_i64(step + _FIRST)
     x, row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
-    vectors = (get_i64(frame + N) * row + 63) // 64
-    high = spread(get_f32(step + _SECOND))
-    low, threads = high * -_ONE, get_i64(frame + THREADS)
+    vectors, limit = get_i64(frame + N) * row // 64, get_f32(step + _SECOND)
+    threads = get_i64(frame + THREADS)
     for unit in range(thread * vectors // threads, (thread + 1) * vectors // threads):
         v = load_f32(x + 64 * unit)
-        v = where(v > high, high, v)
-        store_f32(x + 64 * unit, where(v < low, low, v))
+        v = where(v > spread(limit), spread(limit), v)
+        store_f32(x + 64 * unit, where(v > spread(-limit), v, spread(-limit)))
 
 
 def _temper(step: int, frame: int, thread: int) -> None:
@@ -250,10 +249,10 @@ _STEPS = {
     "embed": _embed,
     "norm": _norm,
     "gate": _gate,
-    "clip": _clip,
-    "temper": _temper,
     "add": _add,
     "scale": _scale,
+    "clip": _clip,
+    "temper": _temper,
     "linear": _linear,
 }
 

@@ -276,7 +276,7 @@ class Tape:
         self._record(step_kernel("scale"), x.offset, _bits(factor), _bits(cap))
 
     def clip(self, x: Buffer, limit: float) -> None:
-        """x = the nearest value between -limit and limit."""
+        """x = x within ± ``limit``, for every position."""
         self._record(step_kernel("clip"), x.offset, _bits(limit))
 
     def temper(self, x: Buffer, beta: float, span: int) -> None:

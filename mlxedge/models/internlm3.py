@@ -23,7 +23,7 @@ def _settle(config: Config) -> Config:
     return config
 
 
-def _rope(config: Config) -> Rope:
+def settled_rope(config: Config) -> Rope:
     """ "dynamic" stretches beyond the context that the config declares, where generation stops."""
     rope = rope_settings(config)
     return replace(rope, type="default", factor=1.0) if rope.type == "dynamic" else rope
@@ -50,7 +50,7 @@ def _mlx(config: Config) -> Config:
     return made
 
 
-def _notes(config: Config, runtime: str) -> list[str]:
+def dynamic_notes(config: Config, runtime: str) -> list[str]:
     if runtime != "gguf" or rope_settings(config).type != "dynamic":
         return []
     longest = config["max_position_embeddings"]
@@ -64,14 +64,14 @@ SPEC = Dense(
     names=names(
         rope_rows=True, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"
     ),
-    ropes=lambda config: (_rope(config),) * config["num_hidden_layers"],
+    ropes=lambda config: (settled_rope(config),) * config["num_hidden_layers"],
     fixed={"attention_bias": False, "mlp_bias": False},
     defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "max_position_embeddings": 32768},
     freq_factors=True,
     adopts=lambda config: under(config, _BIASES),
     settles=_settle,
     mlx=_mlx,
-    notes=_notes,
+    notes=dynamic_notes,
     reads=lambda metadata: False,  # they are llama's
     check=_check,
 ).spec()

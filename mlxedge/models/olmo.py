@@ -25,7 +25,7 @@ SPEC = Dense(
     names=names(WIRING, rope_rows=True, qkv_bias="attention_bias", o_bias="attention_bias"),
     wiring=WIRING,
     epsilon="layer_norm_eps",
-    factors=lambda config: Factors(clip=float(config.get("clip_qkv") or 0.0)),
+    factors=lambda config: Factors(qkv_limit=config.get("clip_qkv")),
     fixed={"attention_bias": False},
     keys=(Key("clip_qkv", "attention.clamp_kqv"),),
     head_dim_free=False,

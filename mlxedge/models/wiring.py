@@ -75,9 +75,9 @@ PRE_NORM = Wiring()
 @dataclass(frozen=True)
 class Factors:
     """What scales and caps activations: of embeddings, of q·k (``None`` for one over the root of
-    the head's size), of what a block adds to x, and of logits; caps are 0 for none, ``clip`` is the
-    largest q, k and v, and ``tempered`` is the β by which q grows, as 1 + β·log(1 + ⌊position /
-    ``span``⌋) (Llama 4's attention temperature)."""
+    the head's size), of what a block adds to x, and of logits; caps are 0 for none. Queries, keys
+    and values stay within ± ``qkv_limit``. ``tempered`` is the β by which queries grow, as 1 +
+    β·log(1 + ⌊position / ``span``⌋) (Llama 4's attention temperature)."""
 
     embedding: float = 1.0
     attention: float | None = None
@@ -85,7 +85,7 @@ class Factors:
     logits: float = 1.0
     attention_cap: float = 0.0
     logits_cap: float = 0.0
-    clip: float = 0.0
+    qkv_limit: float | None = None
     tempered: float = 0.0
     span: int = 0
 

@@ -226,7 +226,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, Any]]] = {
             "vocab_size": 50304,
         },
         ("gguf",),
-        {"clip": 0.0, "epsilon": 1e-5},
+        {"qkv_limit": None, "epsilon": 1e-5},
     ),
     "XiaomiMiMo/MiMo-7B-RL": (
         {

@@ -29,12 +29,6 @@ def record(graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> An
     q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     out, q, k, v = graph.buffers("attention", [q_width, q_width, kv_width, kv_width])
     graph.linear(x, names[0], [q, k, v])
-    factors = shape.factors
-    if factors.clip:
-        for part in (q, k, v):
-            graph.tape.clip(part, factors.clip)
-    if factors.tempered:
-        graph.tape.temper(q, factors.tempered, factors.span)
     attend(graph, layer, q, k, v, out)
     return out
 
@@ -51,6 +45,11 @@ def attend(graph: Graph, layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
         for x, weight in zip((q, k), norms, strict=True):
             graph.tape.norm(x, weight, shape.epsilon, x, centred=wiring.layer_norm)
         norms = [None, None]
+    if (limit := shape.factors.qkv_limit) is not None:
+        for x in (q, k, v):
+            graph.tape.clip(x, float(limit))
+    if shape.factors.tempered:
+        graph.tape.temper(q, shape.factors.tempered, shape.factors.span)
     rope = shape.ropes[layer]
     scale = shape.factors.attention
     graph.tape.attention(
