@@ -78,13 +78,17 @@ _OF_THE_WHOLE = (
 )
 
 
+#: Where configs hold that of the language model; the others are those of remote code.
+_TEXT_KEYS = ("text_config", "llm_config", "language_config")
+
+
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
     """The language model of a checkpoint that holds one beside encoders of images or sound and is
     itself of no type that is known; any other checkpoint as it is."""
     from mlxedge.sources.checkpoint import Tensors
 
     config = checkpoint.config
-    text = config.get("text_config")
+    text = next((config[key] for key in _TEXT_KEYS if key in config), None)
     known = known_model_types()
     if text is None and isinstance(config.get("vision_config"), dict):
         # Configs of old have the keys of both in one.

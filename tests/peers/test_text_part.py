@@ -187,3 +187,13 @@ def test_configs_that_are_not_nested(kind: str, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with mlxedge.load(tmp_path, engine="numpy") as ours:
         assert np.abs(ours.logits(TOKENS) - truth).max() <= 1e-4 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("key", ["llm_config", "language_config"])
+def test_configs_of_remote_code(key: str, tmp_path: Path) -> None:
+    truth = write_model(tmp_path, "mistral3", "old")
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    config |= {"model_type": "some_chat", key: config.pop("text_config")}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    with mlxedge.load(tmp_path, engine="numpy") as ours:
+        assert np.abs(ours.logits(TOKENS) - truth).max() <= 1e-4 * np.abs(truth).max()
