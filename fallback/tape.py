@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from mlxedge.encodings import F32
 from mlxedge.errors import UsageError
 from mlxedge.fallback import attention
 from mlxedge.fallback import frame as fr
@@ -212,13 +213,18 @@ class Tape:
         self._kept.append(copy)
         return int(copy.ctypes.data)
 
-    def embed(self, table: Matrix, out: Buffer) -> None:
-        """out = the rows of the tokens."""
+    def embed(
+        self, table: Matrix, out: Buffer, of: Literal["tokens", "positions"] = "tokens"
+    ) -> None:
+        """out = the rows of the tokens, or of their positions, which all have one."""
+        if not table.compiled and of == "positions":
+            # What Python does is told tokens alone.
+            table = Matrix({"weight": table.decode()}, F32, table.rows, table.cols)
         self._kept.append(table)
         if not table.compiled:
             self._host(HostedEmbed(table, out))
             return
-        self._record(step_kernel("embed"), table.address, out.offset)
+        self._record(step_kernel("embed"), table.address, out.offset, int(of == "positions"))
 
     def norm(
         self,

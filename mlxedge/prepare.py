@@ -129,10 +129,11 @@ def _canonical(
 
     found: dict[str, SourceTensor] = {}
     experts: dict[str, dict[int, SourceTensor]] = {}
+    world = _WORLDS[checkpoint.origin.kind]
     for stored, tensor in checkpoint.tensors.items():
         if stored in without or spec.is_ignored(stored):
             continue
-        name, expert = spec.canonical(stored)
+        name, expert = spec.canonical(spec.spelt(stored), world)
         if expert is None:
             found[name] = tensor if name == stored else replace(tensor, name=name)
         else:

@@ -40,6 +40,11 @@ def no_windows(config: Config) -> tuple[int, ...]:
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
+def no_ropes(config: Config) -> tuple[Rope | None, ...]:
+    """Nothing rotates."""
+    return (None,) * config["num_hidden_layers"]
+
+
 def one_rope(config: Config) -> tuple[Rope | None, ...]:
     """The same in all layers."""
     return (rope_settings(config),) * config["num_hidden_layers"]
@@ -77,7 +82,8 @@ class Dense:
     - ``yarn_told``: the runtimes that can be told yarn's attention factor.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``unties``: whether mlx-lm gets a tied table twice, as it needs a head of its own.
-    - ``recasts``: see ``ModelSpec``.
+    - ``recasts``, ``spellings``: see ``ModelSpec``; ``buffers``: patterns of names of tensors that
+      old files hold beside the weights.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
 
@@ -90,6 +96,8 @@ class Dense:
     head_dim_free: bool = True
     experts: Experts | None = None
     recasts: tuple[Recast, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    buffers: tuple[str, ...] = ()
     drops_predicting: bool = False
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
@@ -148,6 +156,8 @@ class Dense:
             reads=self.reads,
             experts=self.experts,
             recasts=self.recasts,
+            spellings=self.spellings,
+            ignored=(*ModelSpec.ignored, *self.buffers),
             drops_predicting=self.drops_predicting,
         )
 
@@ -155,6 +165,8 @@ class Dense:
         config = self.adopts(config)
         missing = {k: v for k, v in self.defaults.items() if config.get(k) is None}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if self.ropes is no_ropes:
+            return config | missing
         if config.get("rope_theta") is None and "rope_theta" not in rope:
             missing |= {"rope_theta": self.theta}
         return config | missing
@@ -179,9 +191,10 @@ class Dense:
             "attention.value_length": gv.u32(head_dim),
             self._epsilon_key: gv.f32(config[self.epsilon]),
             "vocab_size": gv.u32(config["vocab_size"]),
-            "rope.dimension_count": gv.u32(rope.dims(head_dim)),
-            "rope.freq_base": gv.f32(rope.theta),
         }
+        if self.ropes is not no_ropes:
+            values["rope.dimension_count"] = gv.u32(rope.dims(head_dim))
+            values["rope.freq_base"] = gv.f32(rope.theta)
         for key in self.keys:
             value = config.get(key.config)
             if (value := key.none if value is None else value) is not None:
@@ -259,7 +272,10 @@ class Dense:
             for name, gguf_key in _expert_keys(self.experts).items():
                 if (value := get(gguf_key)) is not None or name not in config:
                     config[name] = value
-        return self.back(config | both_styles(rope), get)
+        return self.back(config | self._both_styles(rope), get)
+
+    def _both_styles(self, rope: dict[str, Any]) -> Config:
+        return {} if self.ropes is no_ropes else both_styles(rope)
 
     def _windows_from_gguf(self, get: Get, layers: int) -> Config:
         window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
@@ -287,7 +303,7 @@ class Dense:
             made["max_position_embeddings"] = window
         if self.wiring.partial:
             made["partial_rotary_factor"] = values["partial_rotary_factor"] = rope.fraction
-        return made | both_styles(values) | self.mlx(config)
+        return made | self._both_styles(values) | self.mlx(config)
 
     def window(self, config: Config, runtime: str) -> int | None:
         """The smallest sliding window of any layer, if the model's context is longer and the
@@ -337,6 +353,27 @@ def _expert_keys(experts: Experts) -> dict[str, str]:
 def under(config: Config, keys: Mapping[str, str]) -> Config:
     """The config with what stands under other ``keys`` under those that are read here."""
     return config | {to: config[key] for key, to in keys.items() if config.get(key) is not None}
+
+
+def mirrored(config: Config, keys: Mapping[str, str]) -> Config:
+    """The config with what an architecture has under keys of its own under ours as well, and the
+    other way round: ``keys`` are ours by its."""
+    found = {}
+    for own, key in keys.items():
+        value = config.get(own)
+        found[own] = found[key] = config.get(key) if value is None else value
+    return config | found
+
+
+#: GPT-2's keys, which others have as well, and ours.
+GPT2_KEYS = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "activation_function": "hidden_act",
+}
 
 
 def plain_rope(config: Config, runtime: str) -> list[str]:

@@ -113,6 +113,22 @@ class Recast:
         return [name.replace("{i}", layer) for name in side]
 
 
+def joined_qkv(
+    world: World, other: str, order: Order | None = None, *, transposed: bool = False
+) -> tuple[Recast, ...]:
+    """Of q, k and v that are one module ``other``: their weights, which may be ``transposed``
+    there, and their biases."""
+    return tuple(
+        Recast(
+            world,
+            tuple(f"model.layers.{{i}}.self_attn.{part}_proj.{leaf}" for part in "qkv"),
+            (f"{other}.{leaf}",),
+            (Join(order), Transpose()) if transposed and leaf == "weight" else (Join(order),),
+        )
+        for leaf in ("weight", "bias")
+    )
+
+
 def heads_apart(config: Config, sizes: Sequence[int]) -> np.ndarray:
     """An ``Order`` for rows that go head by head: of each in turn its query, its key, its value."""
     return interleaved(config["num_attention_heads"], sizes)

@@ -75,12 +75,12 @@ PRE_NORM = Wiring()
 @dataclass(frozen=True)
 class Factors:
     """What scales and caps activations: of embeddings, of q·k (``None`` for one over the root of
-    the head's size), of what a block adds to x, and of logits; caps are 0 for none. Queries, keys
-    and values stay within ± ``qkv_limit``. ``tempered`` is the β by which queries grow, as 1 +
-    β·log(1 + ⌊position / ``span``⌋) (Llama 4's attention temperature)."""
+    the head's size, several for one of each layer), of what a block adds to x, and of logits; caps
+    are 0 for none. Queries, keys and values stay within ± ``qkv_limit``. ``tempered`` is the β by
+    which queries grow, as 1 + β·log(1 + ⌊position / ``span``⌋) (Llama 4's attention temperature)."""
 
     embedding: float = 1.0
-    attention: float | None = None
+    attention: float | tuple[float, ...] | None = None
     residual: float = 1.0
     logits: float = 1.0
     attention_cap: float = 0.0

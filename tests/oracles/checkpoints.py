@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from oracles import architectures, architectures_dense
+from oracles import architectures, architectures_dense, architectures_fused
 from oracles.stand_ins import STAND_INS, config_of, hub_config
 from oracles.tiny import write_tokenizer
 
@@ -171,10 +171,11 @@ SAVED: dict[str, dict[str, Any]] = {
         "logit_scale": 1.5,
     },
 }
-OWN |= architectures.OWN | architectures_dense.OWN
-SAVED |= architectures.SAVED | architectures_dense.SAVED
+for family in (architectures, architectures_dense, architectures_fused):
+    OWN |= family.OWN
+    SAVED |= family.SAVED
 #: Type and settings, and of the runtime that refuses the reason.
-PARTIAL = architectures.PARTIAL | architectures_dense.PARTIAL
+PARTIAL = architectures.PARTIAL | architectures_dense.PARTIAL | architectures_fused.PARTIAL
 
 
 def write_checkpoint(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles import architectures, architectures_dense
+from oracles import architectures, architectures_dense, architectures_fused
 from oracles.checkpoints import (
     FULL,
     GRANITE,
@@ -261,8 +261,8 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"mlx": "needs heads that add up"},
     ),
 }
-PARTIAL |= architectures.PARTIAL | architectures_dense.PARTIAL
-REFUSED = architectures.REFUSED | architectures_dense.REFUSED
+PARTIAL |= architectures.PARTIAL | architectures_dense.PARTIAL | architectures_fused.PARTIAL
+REFUSED = architectures.REFUSED | architectures_dense.REFUSED | architectures_fused.REFUSED
 
 
 @pytest.mark.parametrize("name", REFUSED)

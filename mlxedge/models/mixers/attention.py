@@ -52,6 +52,7 @@ def attend(graph: Graph, layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
         graph.tape.temper(q, shape.factors.tempered, shape.factors.span)
     rope = shape.ropes[layer]
     scale = shape.factors.attention
+    scale = scale[layer] if isinstance(scale, tuple) else scale
     graph.tape.attention(
         q,
         k,
