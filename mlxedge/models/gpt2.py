@@ -26,7 +26,7 @@ MODULES = {
 }
 MLX_MODULES = {module: own.replace("transformer.", "model.") for module, own in MODULES.items()}
 #: What tells a module of the transformer where its files leave that out.
-SPELLINGS = ((r"(?=(wte|wpe|ln_f|h\.\d+)\.)", "transformer."),)
+SPELLINGS = ((r"^(?=(wte|wpe|ln_f|h\.\d+)\.)", "transformer."),)
 BUFFERS = (r".*\.attn\.(bias|masked_bias)",)
 
 

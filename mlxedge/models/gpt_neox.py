@@ -11,6 +11,7 @@ from mlxedge import gguf_values as gv
 from mlxedge.models.dense import Dense, plain_rope, under
 from mlxedge.models.names import names
 from mlxedge.models.recasts import heads_apart, joined_qkv
+from mlxedge.models.rope import rope_settings
 from mlxedge.models.rope_files import Get
 from mlxedge.models.spec import Config
 from mlxedge.models.wiring import NAMES, Wiring
@@ -42,11 +43,10 @@ def _adopt(config: Config) -> Config:
     return under(config, {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"})
 
 
-def _mlx(config: Config) -> Config:
-    """What it reads under the older keys alone."""
-    rope = SPEC.ropes(config)[0]
-    assert rope is not None
-    return {"rotary_emb_base": rope.theta, "rotary_pct": rope.fraction}
+def _settle(config: Config) -> Config:
+    """With the older keys as well: mlx-lm reads no others, transformers these beside a scaling."""
+    rope = rope_settings(config)
+    return config | {"rotary_emb_base": rope.theta, "rotary_pct": rope.fraction}
 
 
 def _check(config: Config, runtime: str) -> list[str]:
@@ -94,8 +94,8 @@ SPEC = Dense(
     },
     tied={"gguf": False, "mlx": False},
     adopts=_adopt,
+    settles=_settle,
     gguf=lambda config: {"use_parallel_residual": gv.boolean(config["use_parallel_residual"])},
-    mlx=_mlx,
     back=_back,
     check=_check,
 ).spec()

@@ -115,6 +115,8 @@ class ModelSpec:
     epsilon: str = "rms_norm_eps"
     adopt: Callable[[Config], Config] = lambda config: config
     settle: Callable[[Config], Config] = lambda config: config
+    #: Config keys that transformers does not take for this architecture.
+    unsaid: tuple[str, ...] = ()
     reads: Callable[[Mapping[str, GgufValue]], bool] = lambda metadata: True
     notes: Callable[[Config, str], list[str]] = lambda config, format: []
     experts: Experts | None = None
@@ -127,8 +129,8 @@ class ModelSpec:
         "rope_factors_long.weight",
         "rope_factors_short.weight",
     )
-    #: How files may spell names otherwise than they are known here: patterns of their beginnings,
-    #: and what stands for these.
+    #: How files may spell names otherwise than they are known here: patterns, and what stands for
+    #: what they match.
     spellings: tuple[tuple[str, str], ...] = ()
     #: Source tensors that carry no weights (buffers) and are dropped.
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
@@ -230,8 +232,7 @@ class ModelSpec:
     def spelt(self, name: str) -> str:
         """What files call ``name``, as it is known here."""
         for pattern, own in self.spellings:
-            if match := re.match(pattern, name):
-                return own + name[match.end() :]
+            name = re.sub(pattern, own, name, count=1)
         return name
 
     def canonical(self, name: str, world: World) -> tuple[str, int | None]:

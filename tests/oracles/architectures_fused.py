@@ -7,11 +7,35 @@ from typing import Any
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}
 
+NO_MLX = {"mlx": "mlx-lm does not have this architecture"}
+#: Falcon 40B's way.
+NEW: dict[str, Any] = {"new_decoder_architecture": True}
+
+#: What an architecture needs beside the sizes, or instead of them.
 OWN: dict[str, dict[str, Any]] = {
     "gpt2": {"n_inner": 512, "num_key_value_heads": 4, "intermediate_size": 512},
+    "gpt_neox": {"intermediate_size": 512, "num_key_value_heads": 4},
+    "falcon": {"num_kv_heads": 2, "ffn_hidden_size": 192, "num_key_value_heads": 1},
 }
 SAVED: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "num_hidden_layers": 3},
+    "gpt_neox": {"model_type": "gpt_neox", "num_hidden_layers": 3},
+    "gpt_neox-in-turn-half": {
+        "model_type": "gpt_neox",
+        "use_parallel_residual": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e4,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "internlm2": {"model_type": "internlm2"},
+    "internlm2-dynamic": {
+        "model_type": "internlm2",
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e5},
+    },
+    "internlm2-linear": {"model_type": "internlm2", "rope_parameters": LINEAR},
 }
 PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "gpt2-narrow": (
@@ -26,5 +50,59 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"model_type": "gpt2", "num_hidden_layers": 3, "scale_attn_by_inverse_layer_idx": True},
         {"gguf": "scales attention alike", "mlx": "scales attention alike"},
     ),
+    "gpt_neox-no-biases": (
+        {"model_type": "gpt_neox", "attention_bias": False},
+        {"gguf": "always has attention biases", "mlx": "always has attention biases"},
+    ),
+    "gpt_neox-tied": (
+        {"model_type": "gpt_neox", "tie_word_embeddings": True},
+        {"gguf": "tied embeddings", "mlx": "tied embeddings"},
+    ),
+    "gpt_neox-narrow-linear": (
+        {
+            "model_type": "gpt_neox",
+            "intermediate_size": 192,
+            "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.25},
+        },
+        {"mlx": "no linear rope scaling; mlx-lm's gpt_neox has an MLP four times as wide"},
+    ),
+    "falcon": ({"model_type": "falcon"}, NO_MLX),
+    "falcon-heads": (
+        {
+            "model_type": "falcon",
+            "multi_query": False,
+            "num_kv_heads": 4,
+            "tie_word_embeddings": False,
+        },
+        NO_MLX,
+    ),
+    "falcon-new": ({"model_type": "falcon", **NEW, "num_hidden_layers": 3}, NO_MLX),
+    "falcon-new-one-norm": (
+        {
+            "model_type": "falcon",
+            **NEW,
+            "num_ln_in_parallel_attn": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
+        NO_MLX,
+    ),
+    "falcon-biases": (
+        {"model_type": "falcon", **NEW, "bias": True},
+        NO_MLX | {"gguf": "llama.cpp's falcon has no biases"},
+    ),
+    "falcon-in-turn": (
+        {"model_type": "falcon", "parallel_attn": False},
+        NO_MLX | {"gguf": "attention and MLP side by side"},
+    ),
+    "internlm2-biases": (
+        {"model_type": "internlm2", "bias": True},
+        {"gguf": "llama.cpp's internlm2 has no biases"},
+    ),
+    "internlm2-tied": (
+        {"model_type": "internlm2", "tie_word_embeddings": True},
+        {"gguf": "tied embeddings"},
+    ),
 }
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "falcon-alibi": ({"model_type": "falcon", "alibi": True}, "falcon with alibi"),
+}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oracles import architectures, architectures_dense, architectures_fused
+from oracles.renamed import rename
 from oracles.stand_ins import STAND_INS, config_of, hub_config
 from oracles.tiny import write_tokenizer
 
@@ -207,5 +208,6 @@ def write_checkpoint(
         path = folder / "config.json"
         saved = json.loads(path.read_text("utf-8"))
         path.write_text(json.dumps(hub_config(model_type, settings, saved)), "utf-8")
+    rename(folder, to_hub=True)
     write_tokenizer(folder, SIZES["vocab_size"])
     return folder

@@ -29,6 +29,11 @@ def _granite(config: Settings) -> Settings:
     }
 
 
+def _llama(config: Settings) -> Settings:
+    """InternLM 2's biases are those of llama's attention."""
+    return config | {"model_type": "llama", "attention_bias": config["bias"]}
+
+
 def _reads_only(model_type: str) -> Callable[[Settings], Settings]:
     """The language model of one that sees, without sections of its rotary embeddings."""
 
@@ -52,6 +57,7 @@ STAND_INS: dict[str, tuple[Callable[[Settings], Settings], Settings]] = {
     "qwen2_5_vl_text": (_reads_only("qwen2"), {}),
     "glm4v_text": (_reads_only("glm4"), {}),
     "qwen3_vl_text": (_reads_only("qwen3"), {}),
+    "internlm2": (_llama, {"bias": False}),
 }
 
 
@@ -60,7 +66,8 @@ def config_of(model_type: str, **settings: Any) -> Any:
     from transformers import AutoConfig
 
     if model_type in STAND_INS:
-        made = STAND_INS[model_type][0](settings)
+        stand_in, own = STAND_INS[model_type]
+        made = stand_in(own | settings)
         model_type = made.pop("model_type")
         settings = made
     return AutoConfig.for_model(model_type, **settings)

@@ -26,6 +26,7 @@ from oracles.checkpoints import (
     write_checkpoint,
 )
 from oracles.llama_cpp import LlamaCpp
+from oracles.renamed import as_transformers
 from oracles.stand_ins import load_config
 from oracles.tiny import write_tiny_llama
 
@@ -77,7 +78,7 @@ def transformers_logits(folder: Path) -> np.ndarray:
 
     # Other implementations of attention leave the caps of its scores out.
     model = AutoModelForCausalLM.from_pretrained(
-        folder, config=load_config(folder), dtype=torch.float32, attn_implementation="eager"
+        as_transformers(folder), config=load_config(folder), dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
         logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].float().numpy()
