@@ -16,6 +16,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt2": {"n_inner": 512, "num_key_value_heads": 4, "intermediate_size": 512},
     "gpt_neox": {"intermediate_size": 512, "num_key_value_heads": 4},
     "falcon": {"num_kv_heads": 2, "ffn_hidden_size": 192, "num_key_value_heads": 1},
+    "internlm2": {"bias": False},
 }
 SAVED: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "num_hidden_layers": 3},
