@@ -78,6 +78,7 @@ class Dense:
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
+    - ``nearly``: what the runtimes compute nearly, as configs call it: GGUF then says which it is.
     - ``lacks``: the runtimes that do not have it; ``wires``: a config's wiring, where it differs.
     - ``yarn_told``: the runtimes that can be told yarn's attention factor.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
@@ -114,6 +115,7 @@ class Dense:
     windowed: Container[str] = ()
     period: int = 0
     longrope: bool = False
+    nearly: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     wires: Callable[[Config], Wiring] | None = None
     yarn_told: Container[str] = ()
@@ -206,6 +208,8 @@ class Dense:
             own = [kind == _SLIDING for kind in layer_types(config, self.period)]
             if own != (pattern := [w > 0 for w in windows]) or not self.period:
                 values["attention.sliding_window_pattern"] = gv.array("bool", pattern)
+        if self.nearly:
+            values["hidden_activation"] = gv.string(activation_name(config, self.wiring))
         if self.experts is not None:
             keys = _expert_keys(self.experts)
             values |= {gguf_key: gv.u32(config[key]) for key, gguf_key in keys.items()}
@@ -252,7 +256,7 @@ class Dense:
         config: Config = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
-            "hidden_act": self.wiring.activation,
+            "hidden_act": (self.nearly and get("hidden_activation")) or self.wiring.activation,
             "hidden_size": hidden,
             "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"),
@@ -322,7 +326,8 @@ class Dense:
         rope = self._rope(config)
         found = list(self.check(config, runtime))
         name = activation_name(config, self.wiring)
-        if ACTIVATIONS.get(name) != ACTIVATIONS[self.wiring.activation]:
+        computed = {ACTIVATIONS[own] for own in (self.wiring.activation, *self.nearly)}
+        if ACTIVATIONS.get(name) not in computed:
             found.append(f"hidden_act {name[:40]!r} is not {self.wiring.activation}")
         if rope.fraction != 1.0 and not self.wiring.partial:
             found.append("partial rotary embeddings are not part of this architecture")
@@ -367,6 +372,8 @@ def mirrored(config: Config, keys: Mapping[str, str]) -> Config:
     return config | found
 
 
+#: GELU, exact or its approximation by tanh, where runtimes have one of both: they differ by 5e-4.
+GELUS = ("gelu", "gelu_new")
 #: GPT-2's keys, which others have as well, and ours.
 GPT2_KEYS = {
     "n_embd": "hidden_size",

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from mlxedge import gguf_values as gv
 from mlxedge.errors import UnsupportedModelError
-from mlxedge.models.dense import Dense, mirrored
+from mlxedge.models.dense import GELUS, Dense, mirrored
 from mlxedge.models.names import names
 from mlxedge.models.recasts import Recast, groups_apart, joined_qkv
 from mlxedge.models.rope_files import Get
@@ -146,6 +146,7 @@ SPEC = Dense(
     ),
     lacks=("mlx",),
     wiring=WIRING,
+    nearly=GELUS,
     wires=_wires,
     epsilon="layer_norm_epsilon",
     fixed={},

@@ -6,7 +6,7 @@ Hub leave out that all is in a ``transformer``, and hold the masks of attention.
 
 from __future__ import annotations
 
-from mlxedge.models.dense import GPT2_KEYS, Dense, mirrored, no_ropes
+from mlxedge.models.dense import GELUS, GPT2_KEYS, Dense, mirrored, no_ropes
 from mlxedge.models.names import names
 from mlxedge.models.recasts import Recast, Transpose, joined_qkv
 from mlxedge.models.spec import Config
@@ -39,12 +39,12 @@ def adopt(config: Config) -> Config:
     return config | made
 
 
-def _scale(config: Config) -> float:
+def scale_of(config: Config) -> float:
     return float(config["head_dim"] ** -0.5) if config.get("scale_attn_weights", True) else 1.0
 
 
 def _factors(config: Config) -> Factors:
-    scale = _scale(config)
+    scale = scale_of(config)
     if not config.get("scale_attn_by_inverse_layer_idx"):
         return Factors(attention=scale)
     layers = range(1, config["num_hidden_layers"] + 1)
@@ -98,6 +98,7 @@ SPEC = Dense(
     spellings=SPELLINGS,
     buffers=BUFFERS,
     wiring=WIRING,
+    nearly=GELUS,
     epsilon="layer_norm_epsilon",
     fixed={},
     defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},

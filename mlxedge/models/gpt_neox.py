@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mlxedge import gguf_values as gv
-from mlxedge.models.dense import Dense, plain_rope, under
+from mlxedge.models.dense import GELUS, Dense, plain_rope, under
 from mlxedge.models.names import names
 from mlxedge.models.recasts import heads_apart, joined_qkv
 from mlxedge.models.rope import rope_settings
@@ -82,6 +82,7 @@ SPEC = Dense(
     ),
     buffers=(r".*\.attention\.(bias|masked_bias)",),
     wiring=WIRING,
+    nearly=GELUS,
     wires=_wires,
     epsilon="layer_norm_eps",
     fixed={"attention_bias": True},

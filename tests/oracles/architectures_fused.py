@@ -8,6 +8,7 @@ from typing import Any
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}
 
 NO_MLX = {"mlx": "mlx-lm does not have this architecture"}
+NO_LLAMA_CPP = {"gguf": "llama.cpp does not have this architecture"}
 #: Falcon 40B's way.
 NEW: dict[str, Any] = {"new_decoder_architecture": True}
 
@@ -17,18 +18,34 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 512, "num_key_value_heads": 4},
     "falcon": {"num_kv_heads": 2, "ffn_hidden_size": 192, "num_key_value_heads": 1},
     "internlm2": {"bias": False},
+    "gpt_bigcode": {"n_inner": 320, "num_key_value_heads": 1, "intermediate_size": 320},
+    "gptj": {
+        "n_inner": 512,
+        "rotary_dim": 16,
+        "num_key_value_heads": 4,
+        "intermediate_size": 512,
+    },
 }
 SAVED: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "num_hidden_layers": 3},
     "gpt_neox": {"model_type": "gpt_neox", "num_hidden_layers": 3},
     "gpt_neox-in-turn-half": {
         "model_type": "gpt_neox",
+        "hidden_act": "gelu_fast",
         "use_parallel_residual": False,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 5e4,
             "partial_rotary_factor": 0.5,
         },
+    },
+    "gpt_bigcode": {"model_type": "gpt_bigcode", "num_hidden_layers": 3},
+    "gpt_bigcode-heads-untied-gelu": {
+        "model_type": "gpt_bigcode",
+        "multi_query": False,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "activation_function": "gelu",
     },
     "internlm2": {"model_type": "internlm2"},
     "internlm2-dynamic": {
@@ -50,6 +67,24 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "gpt2-scale-by-layer": (
         {"model_type": "gpt2", "num_hidden_layers": 3, "scale_attn_by_inverse_layer_idx": True},
         {"gguf": "scales attention alike", "mlx": "scales attention alike"},
+    ),
+    "gptj": ({"model_type": "gptj", "num_hidden_layers": 3}, NO_LLAMA_CPP),
+    "gptj-gelu": (
+        {"model_type": "gptj", "rotary_dim": 24, "activation_function": "gelu"},
+        NO_LLAMA_CPP,
+    ),
+    "gptj-narrow-tied": (
+        {
+            "model_type": "gptj",
+            "n_inner": 192,
+            "intermediate_size": 192,
+            "tie_word_embeddings": True,
+        },
+        NO_LLAMA_CPP | {"mlx": "four times as wide.*tied embeddings"},
+    ),
+    "gpt_bigcode-no-scale": (
+        {"model_type": "gpt_bigcode", "scale_attn_weights": False},
+        {"gguf": "always scales attention", "mlx": "always scales attention"},
     ),
     "gpt_neox-no-biases": (
         {"model_type": "gpt_neox", "attention_bias": False},
