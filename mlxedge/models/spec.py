@@ -235,7 +235,7 @@ class ModelSpec:
             name = re.sub(pattern, own, name, count=1)
         return name
 
-    def canonical(self, name: str, world: World) -> tuple[str, int | None]:
+    def canonical(self, name: str, world: World = "stored") -> tuple[str, int | None]:
         """The canonical name of what a file of ``world`` calls ``name``, and for one expert of a
         stack its number. A name that is unknown, or of a tensor to be recast, stays as it is."""
         if self.recast_of(world, name) is not None:

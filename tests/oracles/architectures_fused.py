@@ -26,6 +26,8 @@ OWN: dict[str, dict[str, Any]] = {
         "intermediate_size": 512,
     },
 }
+#: mlx-lm computes GELU itself, or its approximation by tanh, and the model the other one.
+OTHER_GELU = ("gpt_neox", "gpt_bigcode", "gptj-gelu")
 SAVED: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "num_hidden_layers": 3},
     "gpt_neox": {"model_type": "gpt_neox", "num_hidden_layers": 3},

@@ -107,7 +107,10 @@ def test_equals_the_whole_model(name: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(ours, theirs)
 
 
-OTHERS = ("gemma3_text", "granite", "phi3", "cohere2", "olmo2", "apertus", "ministral3", "phi")
+OTHERS = (
+    *("gemma3_text", "granite", "phi3", "cohere2", "olmo2", "apertus", "ministral3", "phi"),
+    *("gpt2", "gpt_neox", "gpt_bigcode", "internlm2"),
+)
 
 
 @pytest.mark.parametrize("name", OTHERS)
