@@ -137,9 +137,7 @@ SPEC = Dense(
     arch="falcon",
     names=tuple(_names()),
     recasts=(
-        *joined_qkv(
-            "stored", "transformer.h.{i}.self_attention.query_key_value", groups_apart
-        ),
+        *joined_qkv("stored", "transformer.h.{i}.self_attention.query_key_value", groups_apart),
         *joined_qkv("gguf", "blk.{i}.attn_qkv"),
         _norms("weight"),
         _norms("bias"),

@@ -69,7 +69,7 @@ def _transposed() -> tuple[Recast, ...]:
             "stored",
             (f"model.layers.{{i}}.{module}.weight",),
             (f"transformer.h.{{i}}.{MODULES[module]}.weight",),
-            (Transpose(),),
+            (Transpose(floats=True),),
         )
         for module in modules
     )

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Config = dict[str, Any]
 #: Hugging Face folders, GGUF files, MLX folders.
 World = Literal["stored", "gguf", "mlx"]
+#: Whose names and forms the tensors of a checkpoint have, by what its files are.
+WORLDS: Mapping[str, World] = {"hf": "stored", "mlx": "mlx", "gguf": "gguf"}
 #: From a config and the rows of each part the order in which a world has them:
 #: ``joined = concatenated[order]``.
 Order = Callable[[Config, Sequence[int]], "np.ndarray"]
@@ -48,7 +50,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Transpose:
-    """The last two axes change places. Codes cannot follow: they are decoded to floats."""
+    """The last two axes change places. Codes cannot follow: they are decoded to floats.
+
+    ``floats``: what is quantized there is not transposed, as of the Conv1D layers of transformers,
+    which quantizers replace by linear ones.
+    """
+
+    floats: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,9 @@ def joined_qkv(
             world,
             tuple(f"model.layers.{{i}}.self_attn.{part}_proj.{leaf}" for part in "qkv"),
             (f"{other}.{leaf}",),
-            (Join(order), Transpose()) if transposed and leaf == "weight" else (Join(order),),
+            (Join(order), Transpose(floats=True))
+            if transposed and leaf == "weight"
+            else (Join(order),),
         )
         for leaf in ("weight", "bias")
     )

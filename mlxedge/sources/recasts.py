@@ -368,7 +368,13 @@ def _each_back(
 def _transpose_back(
     config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
 ) -> list[SourceTensor]:
-    return _transpose(config, step, tensors)
+    assert isinstance(step, Transpose)
+    return [
+        tensor
+        if step.floats and (tensor.decoded or tensor.encoding.family != "plain")
+        else _transposed(tensor)
+        for tensor in tensors
+    ]
 
 
 _THERE: dict[type, Callable[[Config, Step, list[SourceTensor]], list[SourceTensor]]] = {

@@ -80,7 +80,10 @@ def transformers_logits(folder: Path) -> np.ndarray:
 
     # Other implementations of attention leave the caps of its scores out.
     model = AutoModelForCausalLM.from_pretrained(
-        as_transformers(folder), config=load_config(folder), dtype=torch.float32, attn_implementation="eager"
+        as_transformers(folder),
+        config=load_config(folder),
+        dtype=torch.float32,
+        attn_implementation="eager",
     )
     with torch.no_grad():
         logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].float().numpy()
