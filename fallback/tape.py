@@ -411,6 +411,7 @@ class Tape:
         value_dim: int | None = None,
         rotated_from: int = 0,
         sinks: np.ndarray | None = None,
+        slopes: np.ndarray | None = None,
         slot: int | None = None,
     ) -> int:
         """out = attention of the rotated ``q`` to everything in the cache of a new layer, whose
@@ -424,7 +425,8 @@ class Tape:
         LayerNorm if ``centred``, before the rotation, or after it if ``norm_last``; of one head
         for all, or of each. A ``window`` > 0 hides all but that many last positions, and a ``cap``
         > 0 makes scores cap · tanh(score / cap). ``sinks`` f32 ``[heads]`` are scores of nothing,
-        which take their share of the softmax.
+        which take their share of the softmax; from scores ``slopes`` f32 ``[heads]`` take so much
+        for each position between (ALiBi, arXiv 2108.12409).
         """
         value_dim = head_dim if value_dim is None else value_dim
         kept = slot is None
@@ -437,6 +439,9 @@ class Tape:
         shared += [_bits(epsilon), _bits(scale), window, _bits(cap), rope, int(neighbours), kind]
         shared.append(4 * head_dim if apart else 0)
         shared += [value_dim, 4 * rotated_from, self._vector(sinks), kv_heads if kept else 0]
+        if slopes is not None:
+            slopes = np.concatenate([np.arange(LANES, dtype=np.float32), slopes])
+        shared.append(self._vector(slopes))
         self._record(attention.keep_kernel(), len(self._steps), *shared)
         self._record(attention.attend_kernel(), len(self._steps), *shared)
         return slot

@@ -62,6 +62,11 @@ def names(
     made = [
         *(Name(*entry) for entry in top),
         *(() if wiring.bare_norm else _norm("model.norm", "output_norm", wiring, norm_bias)),
+        *(
+            _norm("model.embed_norm", "token_embd_norm", wiring, norm_bias)
+            if wiring.embedding_norm
+            else ()
+        ),
         *(Name(_BLOCK + hf, "blk.{i}." + gguf, *rest) for hf, gguf, *rest in layer),
         *(
             n

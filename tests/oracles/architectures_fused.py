@@ -18,6 +18,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 512, "num_key_value_heads": 4},
     "falcon": {"num_kv_heads": 2, "ffn_hidden_size": 192, "num_key_value_heads": 1},
     "internlm2": {"bias": False},
+    "bloom": {"num_key_value_heads": 4, "intermediate_size": 512},
+    "mpt": {"num_key_value_heads": 4, "intermediate_size": 512, "max_seq_len": 256},
     "gpt_bigcode": {"n_inner": 320, "num_key_value_heads": 1, "intermediate_size": 320},
     "gptj": {
         "n_inner": 512,
@@ -69,6 +71,32 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "gpt2-scale-by-layer": (
         {"model_type": "gpt2", "num_hidden_layers": 3, "scale_attn_by_inverse_layer_idx": True},
         {"gguf": "scales attention alike", "mlx": "scales attention alike"},
+    ),
+    "bloom": ({"model_type": "bloom", "num_hidden_layers": 3}, NO_MLX),
+    "bloom-six-heads-untied": (
+        {
+            "model_type": "bloom",
+            "hidden_size": 192,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "tie_word_embeddings": False,
+        },
+        NO_MLX,
+    ),
+    "mpt": ({"model_type": "mpt", "num_hidden_layers": 3}, NO_MLX),
+    "mpt-six-heads-clipped": (
+        {
+            "model_type": "mpt",
+            "hidden_size": 192,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "attn_config": {"clip_qkv": 1.5},
+        },
+        NO_MLX,
+    ),
+    "mpt-scaled": (
+        {"model_type": "mpt", "attn_config": {"softmax_scale": 0.1}},
+        NO_MLX | {"gguf": "softmax_scale"},
     ),
     "gptj": ({"model_type": "gptj", "num_hidden_layers": 3}, NO_LLAMA_CPP),
     "gptj-gelu": (
@@ -142,5 +170,13 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "bloom-residual": (
+        {"model_type": "bloom", "apply_residual_connection_post_layernorm": True},
+        "bloom with apply_residual_connection_post_layernorm",
+    ),
+    "mpt-norms": (
+        {"model_type": "mpt", "attn_config": {"qk_ln": True}},
+        "mpt with qk_ln 'True' is not supported",
+    ),
     "falcon-alibi": ({"model_type": "falcon", "alibi": True}, "falcon with alibi"),
 }

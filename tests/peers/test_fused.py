@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from oracles.checkpoints import write_checkpoint
+from oracles.llama_cpp import LlamaCpp
 from oracles.llama_quantize import Options, quantize
 from oracles.quantized_folder import awq_layer
 from safetensors.torch import load_file, save_file
@@ -62,6 +63,20 @@ def test_files_without_a_prefix(model_type: str, tmp_path: Path) -> None:
     made = load_file(tmp_path / "made" / "model.safetensors")
     assert "transformer.h.1.attn.c_attn.weight" in made
     assert "transformer.h.1.attn.bias" not in made
+
+
+def test_slopes_of_mpt_as_the_config_has_them(tmp_path: Path) -> None:
+    """transformers takes ALiBi's largest bias for 8 whatever the config says (5.24); llama.cpp and
+    the model's own remote code do not."""
+    settings = {"clip_qkv": 6.0, "alibi_bias_max": 16}  # MPT 7B StoryWriter
+    folder = write_checkpoint(tmp_path / "source", "mpt", attn_config=settings)
+    mlxedge.convert(folder, "gguf:f32", tmp_path / "made.gguf")
+    with LlamaCpp(tmp_path / "made.gguf", cache="f32") as model:
+        truth = model.logits(TOKENS)
+    assert np.abs(logits(folder) - truth).max() < 1e-3 * np.abs(truth).max()
+    mlxedge.convert(tmp_path / "made.gguf", "hf:f32", tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text("utf-8"))
+    assert settings.items() <= config["attn_config"].items()
 
 
 def adapted_logits(base: Path, folder: Path, modules: list[str]) -> np.ndarray:

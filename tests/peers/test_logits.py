@@ -32,6 +32,8 @@ from oracles.tiny import write_tiny_llama
 
 import mlxedge
 from mlxedge.errors import UnsupportedModelError
+from mlxedge.models import spec_for
+from mlxedge.models.wiring import activation_name
 
 #: Name → arguments of ``write_tiny_llama``.
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -71,7 +73,9 @@ def case(
 
 def rounds_activations(folder: Path) -> bool:
     """Whether llama.cpp does: it looks GELU up in a table of f16."""
-    return "gelu" in (folder / "config.json").read_text(encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    spec = spec_for(config)
+    return "gelu" in activation_name(spec.adopt(config), spec.wiring)
 
 
 def transformers_logits(folder: Path) -> np.ndarray:
