@@ -83,7 +83,7 @@ class Dense:
     - ``yarn_told``: the runtimes that can be told yarn's attention factor.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``unties``: whether mlx-lm gets a tied table twice, as it needs a head of its own.
-    - ``recasts``, ``spellings``, ``unsaid``: see ``ModelSpec``; ``buffers``: patterns of names of
+    - ``recasts``, ``spellings``: see ``ModelSpec``; ``buffers``: patterns of names of
       tensors that old files hold beside the weights.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
@@ -99,7 +99,6 @@ class Dense:
     recasts: tuple[Recast, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
-    unsaid: tuple[str, ...] = ()
     drops_predicting: bool = False
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
@@ -160,7 +159,6 @@ class Dense:
             experts=self.experts,
             recasts=self.recasts,
             spellings=self.spellings,
-            unsaid=self.unsaid,
             ignored=(*ModelSpec.ignored, *self.buffers),
             drops_predicting=self.drops_predicting,
         )

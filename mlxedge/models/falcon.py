@@ -148,7 +148,7 @@ SPEC = Dense(
     wires=_wires,
     epsilon="layer_norm_epsilon",
     fixed={},
-    unsaid=("head_dim",),
+    hf=lambda config: {key: value for key, value in config.items() if key != "head_dim"},
     defaults={
         "layer_norm_epsilon": 1e-5,
         "parallel_attn": True,

@@ -68,7 +68,7 @@ def _factors(config: Config) -> Factors:
     attention = config["attn_config"]
     return Factors(
         attention=attention.get("softmax_scale"),
-        clip=float(attention["clip_qkv"] or 0.0),
+        qkv_limit=float(attention["clip_qkv"] or 0.0),
         alibi=float(attention["alibi_bias_max"]),
     )
 

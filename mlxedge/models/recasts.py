@@ -91,7 +91,8 @@ class Recast:
     """In ``world`` the tensors ``canonical`` are ``other``, which ``steps`` make of them in turn.
 
     Both are names with ``{i}`` for the layer, ``other`` those of the world. It serves wherever all
-    the tensors of one side are there. ``exact``: what is made stays f32 whatever becomes of others.
+    the tensors of one side are there, and ``when`` the config says so. ``exact``: what is made stays
+    f32 whatever becomes of others.
     """
 
     world: World
@@ -99,6 +100,7 @@ class Recast:
     other: tuple[str, ...]
     steps: tuple[Step, ...]
     exact: bool = False
+    when: Callable[[Config], bool] = lambda config: True
 
     @cached_property
     def _patterns(self) -> Mapping[str, re.Pattern[str]]:

@@ -115,8 +115,6 @@ class ModelSpec:
     epsilon: str = "rms_norm_eps"
     adopt: Callable[[Config], Config] = lambda config: config
     settle: Callable[[Config], Config] = lambda config: config
-    #: Config keys that transformers does not take for this architecture.
-    unsaid: tuple[str, ...] = ()
     reads: Callable[[Mapping[str, GgufValue]], bool] = lambda metadata: True
     notes: Callable[[Config, str], list[str]] = lambda config, format: []
     experts: Experts | None = None

@@ -53,7 +53,7 @@ def to_world(
     chosen: dict[str, tuple[Recast, str]] = {}
     for name in tensors:
         for recast in spec.recasts:
-            if recast.world != world or name in chosen:
+            if recast.world != world or name in chosen or not recast.when(config):
                 continue
             layer = recast.layer_of(name, recast.canonical)
             if layer is None:
@@ -88,7 +88,7 @@ def from_world(
     found = dict(tensors)
     expected = spec.expected(config) if spec.recasts else {}
     for recast in spec.recasts:
-        if recast.world != world:
+        if recast.world != world or not recast.when(config):
             continue
         layers = {recast.layer_of(name, recast.other) for name in tensors}
         for layer in sorted(layer for layer in layers if layer is not None):

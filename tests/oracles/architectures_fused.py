@@ -18,6 +18,14 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 512, "num_key_value_heads": 4},
     "falcon": {"num_kv_heads": 2, "ffn_hidden_size": 192, "num_key_value_heads": 1},
     "internlm2": {"bias": False},
+    "qwen": {"num_key_value_heads": 4, "intermediate_size": 384, "kv_channels": 32},
+    # Its runtime tells what it computes by their number.
+    "baichuan": {
+        "num_hidden_layers": 32,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_key_value_heads": 4,
+    },
     "bloom": {"num_key_value_heads": 4, "intermediate_size": 512},
     "mpt": {"num_key_value_heads": 4, "intermediate_size": 512, "max_seq_len": 256},
     "gpt_bigcode": {"n_inner": 320, "num_key_value_heads": 1, "intermediate_size": 320},
@@ -51,6 +59,7 @@ SAVED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "activation_function": "gelu",
     },
+    "qwen": {"model_type": "qwen", "num_hidden_layers": 3},
     "internlm2": {"model_type": "internlm2"},
     "internlm2-dynamic": {
         "model_type": "internlm2",
@@ -97,6 +106,15 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "mpt-scaled": (
         {"model_type": "mpt", "attn_config": {"softmax_scale": 0.1}},
         NO_MLX | {"gguf": "softmax_scale"},
+    ),
+    "baichuan": ({"model_type": "baichuan"}, NO_MLX),
+    "baichuan-of-three": (
+        {"model_type": "baichuan", "num_hidden_layers": 3},
+        NO_MLX | {"gguf": "rotates with 32 layers"},
+    ),
+    "qwen-theta": (
+        {"model_type": "qwen", "rotary_emb_base": 500000},
+        {"mlx": "by a base of 10000"},
     ),
     "gptj": ({"model_type": "gptj", "num_hidden_layers": 3}, NO_LLAMA_CPP),
     "gptj-gelu": (

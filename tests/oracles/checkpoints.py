@@ -177,6 +177,8 @@ for family in (architectures, architectures_dense, architectures_fused):
     SAVED |= family.SAVED
 #: Type and settings, and of the runtime that refuses the reason.
 PARTIAL = architectures.PARTIAL | architectures_dense.PARTIAL | architectures_fused.PARTIAL
+#: The settings of all.
+ALL = SAVED | {name: settings for name, (settings, _) in PARTIAL.items()}
 
 
 def write_checkpoint(

@@ -50,6 +50,14 @@ def _part_groups(config: Settings, joined: np.ndarray) -> list[np.ndarray]:
     return [part.reshape(-1, *joined.shape[1:]) for part in parts]
 
 
+def _join(config: Settings, parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts)
+
+
+def _part(config: Settings, joined: np.ndarray) -> list[np.ndarray]:
+    return np.split(joined, 3)
+
+
 RENAMED: dict[str, Renamed] = {
     "internlm2": Renamed(
         {
@@ -65,6 +73,23 @@ RENAMED: dict[str, Renamed] = {
         "attention.wqkv",
         _join_groups,
         _part_groups,
+    ),
+    "baichuan": Renamed({}, "self_attn.W_pack", _join, _part),
+    "qwen": Renamed(
+        {
+            "model.layers": "transformer.h",
+            "model.embed_tokens": "transformer.wte",
+            "model.norm": "transformer.ln_f",
+            "input_layernorm": "ln_1",
+            "post_attention_layernorm": "ln_2",
+            "self_attn.o_proj": "attn.c_proj",
+            "mlp.gate_proj": "mlp.w2",
+            "mlp.up_proj": "mlp.w1",
+            "mlp.down_proj": "mlp.c_proj",
+        },
+        "attn.c_attn",
+        _join,
+        _part,
     ),
 }
 _PARTS = [f"self_attn.{part}_proj." for part in "qkv"]
@@ -99,23 +124,24 @@ def _to_hub(renamed: Renamed, config: Settings, weights: Weights) -> Weights:
     for name, values in weights.items():
         if _PARTS[0] in name:
             parts = [weights[name.replace(_PARTS[0], part)] for part in _PARTS]
-            own = name.replace(_PARTS[0], f"{renamed.joined}.")
-            made[own] = renamed.join(config, parts)
-        elif not any(part in name for part in _PARTS):
-            for theirs, own in renamed.names.items():
-                name = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{own}.", name)
-            made[name] = values
+            name = name.replace(_PARTS[0], f"{renamed.joined}.")
+            values = renamed.join(config, parts)
+        elif any(part in name for part in _PARTS):
+            continue
+        for theirs, own in renamed.names.items():
+            name = re.sub(rf"(^|\.){re.escape(theirs)}\.", rf"\g<1>{own}.", name)
+        made[name] = values
     return made
 
 
 def _from_hub(renamed: Renamed, config: Settings, weights: Weights) -> Weights:
     made: Weights = {}
     for name, values in weights.items():
-        if f".{renamed.joined}." in name:
-            for part, own in zip(_PARTS, renamed.part(config, values), strict=True):
-                made[name.replace(f"{renamed.joined}.", part)] = own
-            continue
         for theirs, own in renamed.names.items():
             name = re.sub(rf"(^|\.){re.escape(own)}\.", rf"\g<1>{theirs}.", name)
-        made[name] = values
+        if f".{renamed.joined}." not in name:
+            made[name] = values
+            continue
+        for part, values in zip(_PARTS, renamed.part(config, values), strict=True):
+            made[name.replace(f"{renamed.joined}.", part)] = values
     return made

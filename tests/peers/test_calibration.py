@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.checkpoints import SAVED, write_checkpoint
+from oracles.checkpoints import ALL, write_checkpoint
 from oracles.gguf_models import write_gguf_model
 from oracles.stand_ins import load_config
 from oracles.tiny import SENTENCES, write_tiny_llama
@@ -54,6 +54,9 @@ OTHERS = (
     "gpt_neox",
     "gpt_bigcode",
     "gpt_bigcode-heads-untied-gelu",
+    "bloom",
+    "falcon-new",
+    "mpt-six-heads-clipped",
     "cohere2",
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
@@ -96,7 +99,7 @@ def test_sums_and_hessians(name: str, tmp_path: Path) -> None:
     if name in CHECKPOINTS:
         folder = write_tiny_llama(tmp_path / "tiny", **CHECKPOINTS[name])
     else:
-        folder = write_checkpoint(tmp_path / "tiny", **SAVED[name])
+        folder = write_checkpoint(tmp_path / "tiny", **ALL[name])
     spec = spec_for(json.loads((folder / "config.json").read_text("utf-8")))
     expected = {
         name: x

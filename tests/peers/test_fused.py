@@ -21,6 +21,7 @@ import mlxedge
 from mlxedge.calibration.collect import calibrate
 from mlxedge.calibration.imatrix import read_imatrix, write_imatrix
 from mlxedge.calibration.texts import Sample
+from mlxedge.models import baichuan
 from mlxedge.prepare import prepare
 from mlxedge.sources import open_source
 from mlxedge.sources.gguf import read_gguf
@@ -77,6 +78,36 @@ def test_slopes_of_mpt_as_the_config_has_them(tmp_path: Path) -> None:
     mlxedge.convert(tmp_path / "made.gguf", "hf:f32", tmp_path / "again")
     config = json.loads((tmp_path / "again" / "config.json").read_text("utf-8"))
     assert settings.items() <= config["attn_config"].items()
+
+
+def test_baichuan_of_forty_layers(tmp_path: Path) -> None:
+    """It tells positions by ALiBi."""
+    folder = write_checkpoint(tmp_path / "source", "baichuan", num_hidden_layers=40)
+    mlxedge.convert(folder, "gguf:f32", tmp_path / "made.gguf")
+    with LlamaCpp(tmp_path / "made.gguf", cache="f32") as model:
+        truth = model.logits(TOKENS)
+    for source in (folder, tmp_path / "made.gguf"):
+        assert np.abs(logits(source) - truth).max() < 1e-4 * np.abs(truth).max()
+
+
+def test_the_head_of_baichuan_2_has_rows_of_length_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baichuan, "_VOCAB_OF_2", 512)
+    folder = write_checkpoint(tmp_path / "source", "baichuan", num_hidden_layers=32)
+    found = logits(folder)
+    mlxedge.convert(folder, ["gguf:f32", "hf:f32"], tmp_path)
+    with LlamaCpp(tmp_path / "source-F32.gguf", cache="f32") as model:
+        by_llama_cpp = model.logits(TOKENS)
+    again = logits(tmp_path / "source-hf-f32")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = torch.nn.functional.normalize(tensors["lm_head.weight"])
+    save_file(tensors, path, metadata={"format": "pt"})
+    monkeypatch.undo()
+    truth = logits(folder)
+    for one in (found, by_llama_cpp, again):
+        assert np.abs(one - truth).max() < 1e-5 * np.abs(truth).max()
 
 
 def adapted_logits(base: Path, folder: Path, modules: list[str]) -> np.ndarray:
