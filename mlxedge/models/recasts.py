@@ -91,7 +91,7 @@ class Recast:
     """In ``world`` the tensors ``canonical`` are ``other``, which ``steps`` make of them in turn.
 
     Both are names with ``{i}`` for the layer, ``other`` those of the world. It serves wherever all
-    the tensors of one side are there, and ``when`` the config says so. ``exact``: what is made stays
+    the tensors of one side are there, ``when`` the config says so. ``exact``: what is made stays
     f32 whatever becomes of others.
     """
 

@@ -18,7 +18,12 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 512, "num_key_value_heads": 4},
     "falcon": {"num_kv_heads": 2, "ffn_hidden_size": 192, "num_key_value_heads": 1},
     "internlm2": {"bias": False},
-    "qwen": {"num_key_value_heads": 4, "intermediate_size": 384, "kv_channels": 32},
+    "qwen": {
+        "num_key_value_heads": 4,
+        "intermediate_size": 384,
+        "kv_channels": 32,
+        "rotary_emb_base": 10000,
+    },
     # Its runtime tells what it computes by their number.
     "baichuan": {
         "num_hidden_layers": 32,

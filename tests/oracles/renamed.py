@@ -142,6 +142,6 @@ def _from_hub(renamed: Renamed, config: Settings, weights: Weights) -> Weights:
         if f".{renamed.joined}." not in name:
             made[name] = values
             continue
-        for part, values in zip(_PARTS, renamed.part(config, values), strict=True):
-            made[name.replace(f"{renamed.joined}.", part)] = values
+        for part, own_values in zip(_PARTS, renamed.part(config, values), strict=True):
+            made[name.replace(f"{renamed.joined}.", part)] = own_values
     return made

@@ -114,16 +114,10 @@ def test_tensors_beyond_the_model_are_refused(
 @pytest.mark.parametrize("model_type", known_model_types())
 def test_expected_tensors_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
     fixed_heads = {
-        "helium",
-        "olmoe",
-        "phi",
-        "qwen2_vl_text",
-        "qwen2_5_vl_text",
-        "qwen2",
-        "qwen2_moe",
-        "stablelm",
+        *("baichuan", "bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium"),
+        *("internlm2", "mpt", "olmoe", "phi", "qwen", "qwen2", "qwen2_5_vl_text", "qwen2_moe"),
+        *("qwen2_vl_text", "stablelm"),
     }
-    fixed_heads |= {"falcon", "gpt2", "gpt_neox", "internlm2"}
     settings = {"head_dim": 48} if model_type not in fixed_heads else {}
     if model_type == "llama":
         settings |= {"attention_bias": True, "mlp_bias": True}
