@@ -50,12 +50,12 @@ _MATRIX, _ROWS, _OUT, _BIAS, _SUM = (8 * i for i in range(PART_FIELDS))
 
 
 def _embed(step: int, frame: int, thread: int) -> None:
-    """Decode the rows of the tokens."""
+    """Decode the rows of the tokens, or of their positions."""
     matrix, buffer = get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
     out, out_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
-    tokens = get_i64(frame + TOKENS)
+    tokens, by_position = get_i64(frame + TOKENS), get_i64(step + _THIRD)
     for i in range(thread, get_i64(frame + N), get_i64(frame + THREADS)):
-        token = get_i64(tokens + 8 * i)
+        token = get_i64(frame + START) + i if by_position else get_i64(tokens + 8 * i)
         call_6(get_i64(matrix + KERNEL), matrix, token, token + 1, 0, out + i * out_row, out_row)
 
 

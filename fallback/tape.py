@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from mlxedge.encodings import F32
 from mlxedge.errors import UsageError
 from mlxedge.fallback import attention
 from mlxedge.fallback import frame as fr
@@ -212,13 +213,18 @@ class Tape:
         self._kept.append(copy)
         return int(copy.ctypes.data)
 
-    def embed(self, table: Matrix, out: Buffer) -> None:
-        """out = the rows of the tokens."""
+    def embed(
+        self, table: Matrix, out: Buffer, of: Literal["tokens", "positions"] = "tokens"
+    ) -> None:
+        """out = the rows of the tokens, or of their positions, which all have one."""
+        if not table.compiled and of == "positions":
+            # What Python does is told tokens alone.
+            table = Matrix({"weight": table.decode()}, F32, table.rows, table.cols)
         self._kept.append(table)
         if not table.compiled:
             self._host(HostedEmbed(table, out))
             return
-        self._record(step_kernel("embed"), table.address, out.offset)
+        self._record(step_kernel("embed"), table.address, out.offset, int(of == "positions"))
 
     def norm(
         self,
@@ -405,6 +411,7 @@ class Tape:
         value_dim: int | None = None,
         rotated_from: int = 0,
         sinks: np.ndarray | None = None,
+        slopes: np.ndarray | None = None,
         slot: int | None = None,
     ) -> int:
         """out = attention of the rotated ``q`` to everything in the cache of a new layer, whose
@@ -418,7 +425,8 @@ class Tape:
         LayerNorm if ``centred``, before the rotation, or after it if ``norm_last``; of one head
         for all, or of each. A ``window`` > 0 hides all but that many last positions, and a ``cap``
         > 0 makes scores cap · tanh(score / cap). ``sinks`` f32 ``[heads]`` are scores of nothing,
-        which take their share of the softmax.
+        which take their share of the softmax; from scores ``slopes`` f32 ``[heads]`` take so much
+        for each position between (ALiBi, arXiv 2108.12409).
         """
         value_dim = head_dim if value_dim is None else value_dim
         kept = slot is None
@@ -431,6 +439,9 @@ class Tape:
         shared += [_bits(epsilon), _bits(scale), window, _bits(cap), rope, int(neighbours), kind]
         shared.append(4 * head_dim if apart else 0)
         shared += [value_dim, 4 * rotated_from, self._vector(sinks), kv_heads if kept else 0]
+        if slopes is not None:
+            slopes = np.concatenate([np.arange(LANES, dtype=np.float32), slopes])
+        shared.append(self._vector(slopes))
         self._record(attention.keep_kernel(), len(self._steps), *shared)
         self._record(attention.attend_kernel(), len(self._steps), *shared)
         return slot

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlxedge.encodings import PLAIN
 from mlxedge.errors import CorruptFileError, UnsupportedEncodingError, UnsupportedModelError
 from mlxedge.models import ModelSpec, known_model_types, normalise, spec_for
-from mlxedge.models.recasts import World
+from mlxedge.models.recasts import WORLDS
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -36,7 +36,7 @@ def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
         note = f"{len(ahead)} tensors of layers that predict further tokens are left out"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     kept = _canonical(spec, checkpoint, ahead)
-    kept = from_world(spec, config, kept, _WORLDS[checkpoint.origin.kind])
+    kept = from_world(spec, config, kept, WORLDS[checkpoint.origin.kind])
     head, table = kept.get("lm_head.weight"), kept.get("model.embed_tokens.weight")
     if config["tie_word_embeddings"] and head is not None:
         # As in transformers 5, a head that differs is the model's own, whatever the config says.
@@ -54,9 +54,6 @@ def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
             )
     return spec, replace(checkpoint, config=config, tensors=Tensors(kept))
 
-
-#: Whose names and forms the tensors of a checkpoint have, by what its files are.
-_WORLDS: dict[str, World] = {"hf": "stored", "mlx": "mlx", "gguf": "gguf"}
 
 #: What the tensors of a language model are called within one that sees or hears as well.
 _WITHIN = (
@@ -129,10 +126,11 @@ def _canonical(
 
     found: dict[str, SourceTensor] = {}
     experts: dict[str, dict[int, SourceTensor]] = {}
+    world = WORLDS[checkpoint.origin.kind]
     for stored, tensor in checkpoint.tensors.items():
         if stored in without or spec.is_ignored(stored):
             continue
-        name, expert = spec.canonical(stored)
+        name, expert = spec.canonical(spec.spelt(stored), world)
         if expert is None:
             found[name] = tensor if name == stored else replace(tensor, name=name)
         else:

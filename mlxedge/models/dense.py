@@ -40,6 +40,11 @@ def no_windows(config: Config) -> tuple[int, ...]:
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
+def no_ropes(config: Config) -> tuple[Rope | None, ...]:
+    """Nothing rotates."""
+    return (None,) * config["num_hidden_layers"]
+
+
 def one_rope(config: Config) -> tuple[Rope | None, ...]:
     """The same in all layers."""
     return (rope_settings(config),) * config["num_hidden_layers"]
@@ -73,11 +78,13 @@ class Dense:
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
+    - ``nearly``: what the runtimes compute nearly, as configs call it: GGUF then says which it is.
     - ``lacks``: the runtimes that do not have it; ``wires``: a config's wiring, where it differs.
     - ``yarn_told``: the runtimes that can be told yarn's attention factor.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``unties``: whether mlx-lm gets a tied table twice, as it needs a head of its own.
-    - ``recasts``: see ``ModelSpec``.
+    - ``recasts``, ``spellings``: see ``ModelSpec``; ``buffers``: patterns of names of
+      tensors that old files hold beside the weights.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
 
@@ -90,6 +97,8 @@ class Dense:
     head_dim_free: bool = True
     experts: Experts | None = None
     recasts: tuple[Recast, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    buffers: tuple[str, ...] = ()
     drops_predicting: bool = False
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
@@ -105,6 +114,7 @@ class Dense:
     windowed: Container[str] = ()
     period: int = 0
     longrope: bool = False
+    nearly: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     wires: Callable[[Config], Wiring] | None = None
     yarn_told: Container[str] = ()
@@ -148,6 +158,8 @@ class Dense:
             reads=self.reads,
             experts=self.experts,
             recasts=self.recasts,
+            spellings=self.spellings,
+            ignored=(*ModelSpec.ignored, *self.buffers),
             drops_predicting=self.drops_predicting,
         )
 
@@ -155,6 +167,8 @@ class Dense:
         config = self.adopts(config)
         missing = {k: v for k, v in self.defaults.items() if config.get(k) is None}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if self.ropes is no_ropes:
+            return config | missing
         if config.get("rope_theta") is None and "rope_theta" not in rope:
             missing |= {"rope_theta": self.theta}
         return config | missing
@@ -179,9 +193,10 @@ class Dense:
             "attention.value_length": gv.u32(head_dim),
             self._epsilon_key: gv.f32(config[self.epsilon]),
             "vocab_size": gv.u32(config["vocab_size"]),
-            "rope.dimension_count": gv.u32(rope.dims(head_dim)),
-            "rope.freq_base": gv.f32(rope.theta),
         }
+        if self.ropes is not no_ropes:
+            values["rope.dimension_count"] = gv.u32(rope.dims(head_dim))
+            values["rope.freq_base"] = gv.f32(rope.theta)
         for key in self.keys:
             value = config.get(key.config)
             if (value := key.none if value is None else value) is not None:
@@ -191,6 +206,8 @@ class Dense:
             own = [kind == _SLIDING for kind in layer_types(config, self.period)]
             if own != (pattern := [w > 0 for w in windows]) or not self.period:
                 values["attention.sliding_window_pattern"] = gv.array("bool", pattern)
+        if self.nearly:
+            values["hidden_activation"] = gv.string(activation_name(config, self.wiring))
         if self.experts is not None:
             keys = _expert_keys(self.experts)
             values |= {gguf_key: gv.u32(config[key]) for key, gguf_key in keys.items()}
@@ -237,7 +254,7 @@ class Dense:
         config: Config = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
-            "hidden_act": self.wiring.activation,
+            "hidden_act": (self.nearly and get("hidden_activation")) or self.wiring.activation,
             "hidden_size": hidden,
             "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"),
@@ -259,7 +276,10 @@ class Dense:
             for name, gguf_key in _expert_keys(self.experts).items():
                 if (value := get(gguf_key)) is not None or name not in config:
                     config[name] = value
-        return self.back(config | both_styles(rope), get)
+        return self.back(config | self._both_styles(rope), get)
+
+    def _both_styles(self, rope: dict[str, Any]) -> Config:
+        return {} if self.ropes is no_ropes else both_styles(rope)
 
     def _windows_from_gguf(self, get: Get, layers: int) -> Config:
         window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
@@ -287,7 +307,7 @@ class Dense:
             made["max_position_embeddings"] = window
         if self.wiring.partial:
             made["partial_rotary_factor"] = values["partial_rotary_factor"] = rope.fraction
-        return made | both_styles(values) | self.mlx(config)
+        return made | self._both_styles(values) | self.mlx(config)
 
     def window(self, config: Config, runtime: str) -> int | None:
         """The smallest sliding window of any layer, if the model's context is longer and the
@@ -304,7 +324,8 @@ class Dense:
         rope = self._rope(config)
         found = list(self.check(config, runtime))
         name = activation_name(config, self.wiring)
-        if ACTIVATIONS.get(name) != ACTIVATIONS[self.wiring.activation]:
+        computed = {ACTIVATIONS[own] for own in (self.wiring.activation, *self.nearly)}
+        if ACTIVATIONS.get(name) not in computed:
             found.append(f"hidden_act {name[:40]!r} is not {self.wiring.activation}")
         if rope.fraction != 1.0 and not self.wiring.partial:
             found.append("partial rotary embeddings are not part of this architecture")
@@ -337,6 +358,29 @@ def _expert_keys(experts: Experts) -> dict[str, str]:
 def under(config: Config, keys: Mapping[str, str]) -> Config:
     """The config with what stands under other ``keys`` under those that are read here."""
     return config | {to: config[key] for key, to in keys.items() if config.get(key) is not None}
+
+
+def mirrored(config: Config, keys: Mapping[str, str]) -> Config:
+    """The config with what an architecture has under keys of its own under ours as well, and the
+    other way round: ``keys`` are ours by its."""
+    found = {}
+    for own, key in keys.items():
+        value = config.get(own)
+        found[own] = found[key] = config.get(key) if value is None else value
+    return config | found
+
+
+#: GELU, exact or its approximation by tanh, where runtimes have one of both: they differ by 5e-4.
+GELUS = ("gelu", "gelu_new")
+#: GPT-2's keys, which others have as well, and ours.
+GPT2_KEYS = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "activation_function": "hidden_act",
+}
 
 
 def plain_rope(config: Config, runtime: str) -> list[str]:

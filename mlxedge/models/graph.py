@@ -15,6 +15,8 @@ from mlxedge.models.shape import Shape
 from mlxedge.models.weights import Weights
 from mlxedge.models.wiring import TRAINED
 
+EMBEDDING_NORM = "model.embed_norm"
+POSITIONS = "model.embed_positions.weight"
 TABLE, HEAD, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
 #: The matrices of an MLP, those together that have the same input.
 _MLP = {
@@ -101,6 +103,10 @@ class Graph:
         self.tape.embed(table, self.x)
         if self.shape.factors.embedding != 1.0:
             self.tape.scale(self.x, self.shape.factors.embedding)
+        if POSITIONS in self.weights:
+            rows = self.weights.matrix(POSITIONS, self.shape.context, self.shape.hidden)
+            self.tape.embed(rows, self._delta, of="positions")
+            self.tape.add(self._delta, self.x)
         return table
 
     def block(self, layer: int) -> None:
@@ -112,6 +118,8 @@ class Graph:
         groups = layer_groups(shape, layer)
         mixing = len(mixer.groups(shape, layer))
         o_names, mlp_names = groups[mixing - 1], groups[mixing:]
+        if layer == 0 and wiring.embedding_norm:
+            self.norm(x, EMBEDDING_NORM, x)
         seen = self._normed(block, wiring.attention_norm, h)
         mixed = mixer.record(self, layer, groups[: mixing - 1], seen)
         if not wiring.parallel:

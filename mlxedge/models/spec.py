@@ -127,6 +127,9 @@ class ModelSpec:
         "rope_factors_long.weight",
         "rope_factors_short.weight",
     )
+    #: How files may spell names otherwise than they are known here: patterns, and what stands for
+    #: what they match.
+    spellings: tuple[tuple[str, str], ...] = ()
     #: Source tensors that carry no weights (buffers) and are dropped.
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
@@ -155,11 +158,11 @@ class ModelSpec:
         for pattern, name in self._by_gguf:
             if match := pattern.fullmatch(gguf_name):
                 return name.hf.format(**match.groupdict()), name.rows
-        if self._recast("gguf", gguf_name):
+        if self.recast_of("gguf", gguf_name) is not None:
             return gguf_name, "same"  # until it is recast
         return None
 
-    def _recast(self, world: World, other: str) -> tuple[Recast, str] | None:
+    def recast_of(self, world: World, other: str) -> tuple[Recast, str] | None:
         """What a world's tensor is made by, and its layer."""
         for recast in self.recasts:
             layer = recast.layer_of(other, recast.other) if recast.world == world else None
@@ -169,7 +172,7 @@ class ModelSpec:
 
     def inputs_of(self, gguf_name: str) -> tuple[str, ...]:
         """The canonical matrices that have the input of a GGUF matrix; none if it is unknown."""
-        if (found := self._recast("gguf", gguf_name)) is not None:
+        if (found := self.recast_of("gguf", gguf_name)) is not None:
             recast, layer = found
             return tuple(recast.at(layer, recast.canonical)) if recast.keeps_columns else ()
         mapped = self.from_gguf(gguf_name)
@@ -220,14 +223,21 @@ class ModelSpec:
         for pattern, name in self._by_hf:
             if match := pattern.fullmatch(hf_name):
                 found: str | None = getattr(name, world)
-                return (
-                    None if found is None else found.replace("{i}", match.groupdict().get("i", ""))
-                )
+                i = match.groupdict().get("i", "")
+                return None if found is None else found.replace("{i}", i)
         return None
 
-    def canonical(self, name: str) -> tuple[str, int | None]:
-        """The canonical name of what a Hugging Face or MLX folder calls ``name``, and for one
-        expert of a stack its number. A name that is unknown stays as it is."""
+    def spelt(self, name: str) -> str:
+        """What files call ``name``, as it is known here."""
+        for pattern, own in self.spellings:
+            name = re.sub(pattern, own, name, count=1)
+        return name
+
+    def canonical(self, name: str, world: World = "stored") -> tuple[str, int | None]:
+        """The canonical name of what a file of ``world`` calls ``name``, and for one expert of a
+        stack its number. A name that is unknown, or of a tensor to be recast, stays as it is."""
+        if self.recast_of(world, name) is not None:
+            return name, None
         for pattern, known in self._by_file:
             if match := pattern.fullmatch(name):
                 found = match.groupdict()
@@ -284,6 +294,7 @@ class ModelSpec:
             "one": 1,
             "vocab": config["vocab_size"],
             "hidden": config["hidden_size"],
+            "positions": config.get("max_position_embeddings") or 2048,
             "intermediate": config["intermediate_size"],
             "head": head,
             "heads": config["num_attention_heads"],

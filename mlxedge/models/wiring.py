@@ -42,7 +42,7 @@ class Wiring:
     where there is no ``mlp_norm``.
 
     - ``layer_norm``: LayerNorm, not RMSNorm; ``unit_norm``: weights are stored less one;
-      ``bare_norm``: there are none.
+      ``bare_norm``: there are none; ``embedding_norm``: embeddings have one too.
     - ``activation``: what the runtimes compute, as configs call it; ``mlp``: the product of a gate
       and up, those two in one matrix ("fused"), or none ("plain").
     - ``qkv_fused``: q, k and v are one matrix.
@@ -60,6 +60,7 @@ class Wiring:
     layer_norm: bool = False
     unit_norm: bool = False
     bare_norm: bool = False
+    embedding_norm: bool = False
     activation: str = "silu"
     mlp: Literal["gated", "fused", "plain"] = "gated"
     qkv_fused: bool = False
@@ -75,12 +76,14 @@ PRE_NORM = Wiring()
 @dataclass(frozen=True)
 class Factors:
     """What scales and caps activations: of embeddings, of q·k (``None`` for one over the root of
-    the head's size), of what a block adds to x, and of logits; caps are 0 for none. Queries, keys
-    and values stay within ± ``qkv_limit``. ``tempered`` is the β by which queries grow, as 1 +
-    β·log(1 + ⌊position / ``span``⌋) (Llama 4's attention temperature)."""
+    the head's size, several for one of each layer), of what a block adds to x, and of logits; caps
+    are 0 for none. Queries, keys and values stay within ± ``qkv_limit``. ``tempered`` is the β by
+    which queries grow, as 1 + β·log(1 + ⌊position / ``span``⌋) (Llama 4's attention temperature).
+    ``alibi`` is the exponent of ALiBi's slopes: of n heads they are 2^(-``alibi``/n) and its
+    powers (arXiv 2108.12409)."""
 
     embedding: float = 1.0
-    attention: float | None = None
+    attention: float | tuple[float, ...] | None = None
     residual: float = 1.0
     logits: float = 1.0
     attention_cap: float = 0.0
@@ -88,6 +91,7 @@ class Factors:
     qkv_limit: float | None = None
     tempered: float = 0.0
     span: int = 0
+    alibi: float = 0.0
 
 
 def activation_name(config: Mapping[str, Any], wiring: Wiring) -> str:

@@ -120,10 +120,10 @@ def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) ->
     config["tie_word_embeddings"] = "output.weight" not in names
     for key, tensor in _OPTIONS.items():
         if key in config:
-            config[key] = tensor in names
+            config[key] = not names.isdisjoint((tensor, tensor.replace("attn_q.", "attn_qkv.")))
     for key, tensor in _WITHOUT.items():
         if key in config:
-            config[key] = tensor not in names
+            config[key] = bool(config[key]) or tensor not in names
     config["torch_dtype"] = _DTYPE_NAMES[_float_type(gguf)]
     for key, gguf_key in _SPECIAL_IDS.items():
         token = gguf.metadata.get(gguf_key)
@@ -137,10 +137,11 @@ _OPTIONS = {
     "attention_bias": "blk.0.attn_q.bias",
     "use_qkv_bias": "blk.0.attn_q.bias",
     "mlp_bias": "blk.0.ffn_up.bias",
+    "own_attention_norm": "blk.0.attn_norm_2.weight",
     "use_qk_norm": "blk.0.attn_q_norm.weight",
     "qk_layernorm": "blk.0.attn_q_norm.weight",
 }
-#: The same of a tensor that is missing.
+#: The same of a tensor that is missing, where the metadata does not say so.
 _WITHOUT = {"use_parallel_residual": "blk.0.ffn_norm.weight"}
 _SPECIAL_IDS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from oracles import architectures, architectures_dense
+from oracles import architectures, architectures_dense, architectures_fused
+from oracles.renamed import rename
 from oracles.stand_ins import STAND_INS, config_of, hub_config
 from oracles.tiny import write_tokenizer
 
@@ -171,10 +172,13 @@ SAVED: dict[str, dict[str, Any]] = {
         "logit_scale": 1.5,
     },
 }
-OWN |= architectures.OWN | architectures_dense.OWN
-SAVED |= architectures.SAVED | architectures_dense.SAVED
+for family in (architectures, architectures_dense, architectures_fused):
+    OWN |= family.OWN
+    SAVED |= family.SAVED
 #: Type and settings, and of the runtime that refuses the reason.
-PARTIAL = architectures.PARTIAL | architectures_dense.PARTIAL
+PARTIAL = architectures.PARTIAL | architectures_dense.PARTIAL | architectures_fused.PARTIAL
+#: The settings of all.
+ALL = SAVED | {name: settings for name, (settings, _) in PARTIAL.items()}
 
 
 def write_checkpoint(
@@ -206,5 +210,6 @@ def write_checkpoint(
         path = folder / "config.json"
         saved = json.loads(path.read_text("utf-8"))
         path.write_text(json.dumps(hub_config(model_type, settings, saved)), "utf-8")
+    rename(folder, to_hub=True)
     write_tokenizer(folder, SIZES["vocab_size"])
     return folder

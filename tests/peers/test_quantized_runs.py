@@ -19,9 +19,13 @@ from mlxedge.sources.gguf import read_gguf
 OTHERS = (
     *("phi3", "gemma3_text", "glm4", "cohere-qk-norm", "starcoder2", "nemotron", "stablelm"),
     *("apertus", "phi", "stablelm-parallel", "minicpm-tied"),
+    *("gpt2", "gpt_neox", "falcon", "internlm2"),
 )
 #: Number, as llama-quantize counts.
-RECIPES = {"q2_k": 10, "q3_k_m": 12, "q4_k_m": 15, "q5_k_m": 17, "iq4_xs": 30}
+RECIPES = {
+    **{"q2_k": 10, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17},
+    **{"q6_k": 18, "iq4_xs": 30},
+}
 
 TOKENS = [int(t) for t in np.random.default_rng(2).integers(3, 512, 40)]
 
@@ -63,9 +67,9 @@ def test_quantized_models_run(name: str, tmp_path: Path) -> None:
         assert np.corrcoef(logits.ravel(), truth.ravel())[0, 1] > 0.5
 
 
-@pytest.mark.parametrize("name", [n for n in OTHERS if n in SAVED])
+@pytest.mark.parametrize("name", [n for n in OTHERS if n in RUNS])
 def test_types_equal_llama_quantizes(name: str, tmp_path: Path) -> None:
-    settings = SAVED[name] | {"hidden_size": 256, "intermediate_size": 256}
+    settings = RUNS[name][0] | {"hidden_size": 256, "intermediate_size": 256}
     layers = max(9, settings.get("num_hidden_layers", 0))
     folder = write_checkpoint(tmp_path / "source", **settings | {"num_hidden_layers": layers})
     source = tmp_path / "source-F32.gguf"

@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from oracles import published_fused
 
 from mlxedge.models import normalise, spec_for
+from mlxedge.models.rope import Rope
 from mlxedge.models.shape import shape_of
 
 #: By the model's name, the keys that matter here; the formats whose runtime takes it; and what the
@@ -303,6 +305,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, Any]]] = {
         {"epsilon": 1e-8, "theta": 2e4},
     ),
 }
+PUBLISHED |= published_fused.PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -314,8 +317,7 @@ def test_published_configs_are_taken(name: str) -> None:
     taken = [kind for kind in ("gguf", "mlx") if not spec.objections(settled, kind)]
     assert taken == list(formats)
     shape = shape_of(settled)
-    rope = shape.ropes[0]
-    assert rope is not None
+    rope = shape.ropes[0] or Rope()
     found = {**vars(rope), **vars(shape.wiring), **vars(shape.factors), **vars(shape)}
     found["rope"] = rope.type
     assert {key: found[key] for key in told} == pytest.approx(told)
