@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxedge.bench import llama_bench
+from mlxedge.bench.predict import tokens_read
 from mlxedge.bench.record import describe_model, model_sha256, source_sha256
 from mlxedge.errors import BackendError, MlxedgeError, UsageError
 from mlxedge.ops import default_backend
@@ -76,23 +76,15 @@ def describe_onnx(path: Path) -> Found:
 
 
 def bytes_per_token(checkpoint: Checkpoint) -> int | None:
-    """Bytes of the weights that one decode step reads: all but the table of embeddings, where the
-    head is a matrix of its own, and of experts those that serve a token. ``None`` for a model that
-    is not known."""
+    """Bytes of the weights that one decode step reads; ``None`` for a model that is not known."""
     from mlxedge.prepare import prepare
 
     try:
         spec, checkpoint = prepare(checkpoint)
-        shape = spec.experts.shape(checkpoint.config) if spec.experts else None
+        sizes = {name: tensor.nbytes for name, tensor in checkpoint.tensors.items()}
+        return tokens_read(sizes, spec, checkpoint.config)
     except MlxedgeError:
         return None
-    total = 0.0
-    for name, tensor in checkpoint.tensors.items():
-        if name == "model.embed_tokens.weight" and "lm_head.weight" in checkpoint.tensors:
-            continue
-        used = shape is not None and re.search(r"\.mlp\.experts\.\w+\.weight$", name)
-        total += tensor.nbytes * (shape.used / shape.count if used and shape else 1.0)
-    return round(total)
 
 
 def choose_engines(found: Found, asked: Sequence[str]) -> list[str]:

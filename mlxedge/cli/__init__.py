@@ -42,6 +42,7 @@ COMMANDS = {
     "evaluate": ("mlxedge.cli.evaluate:command", "Measure how well models predict a text."),
     "bench": ("mlxedge.cli.bench:command", "Measure how fast models run here."),
     "compare": ("mlxedge.cli.compare:command", "Compare records of bench."),
+    "predict": ("mlxedge.cli.predict:command", "Predict whether a model runs on a Mac."),
     "demo": ("mlxedge.cli.demo:command", "Take the model that ships with mlxedge through it all."),
 }
 ISSUES = "https://github.com/mlxedge/mlxedge/issues"

@@ -22,6 +22,9 @@ class Mixer(Protocol):
         """The modules within a layer that hold its matrices, those together that have the same
         input, in the order in which they compute. The last one projects onto the stream."""
 
+    def cache_bytes(self, shape: Shape, layer: int, context: int) -> int:
+        """What a layer keeps of so many positions in the runtimes, in f16 where they do."""
+
     def record(self, graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> Any:
         """Record the steps from the buffer ``x``, the block's input, up to what is to be projected
         onto the stream; returns the buffer of that. ``names`` are the weights of ``groups`` but for

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from mlxedge.models.graph import Graph
     from mlxedge.models.shape import Shape
 
+#: Runtimes keep keys and values in f16 unless told otherwise.
+KEPT_BYTES = 2
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _FUSED = ("self_attn.qkv_proj",)
 _OUT = ("self_attn.o_proj",)
@@ -22,6 +24,11 @@ def settings(config: Mapping[str, Any]) -> None:
 
 def groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
     return [_FUSED if shape.wiring.qkv_fused else _QKV, _OUT]
+
+
+def cache_bytes(shape: Shape, layer: int, context: int) -> int:
+    kept = min(context, shape.windows[layer] or context)
+    return 2 * shape.kv_heads * shape.head_dim * kept * KEPT_BYTES
 
 
 def record(graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> Any:
