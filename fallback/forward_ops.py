@@ -24,7 +24,7 @@ from mlxedge.fallback.frame import (
     TOKENS,
     N,
 )
-from mlxedge.fallback.lanes import LANES, inline
+from mlxedge.fallback.lanes import LANES, inline, spread, where
 from mlxedge.fallback.linear import COLS, KERNEL, compile_c
 from mlxedge.fallback.memory import get_f32, get_i64, load_f32, put_f32, store_f32
 from mlxedge.fallback.team import call_6, fetch_add
@@ -32,6 +32,7 @@ from mlxedge.fallback.tiles import (
     TILE_COLS,
     TILE_ROWS,
     dot_tile,
+    exp,
     fma,
     keep_lanes,
     total,
@@ -103,6 +104,24 @@ def _gate(step: int, frame: int, thread: int) -> None:
         if gated:
             v = v * load_f32(up + i * up_row + d)
         store_f32(gate + i * gate_row + d, v)
+
+
+def _clamped_gate(step: int, frame: int, thread: int) -> None:
+    """g · sigmoid(alpha · g) · (u + 1), into gate; g and u are gate and up within limits. Beyond
+    the width all stays zero, since g does."""
+    buffer, to = frame + get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
+    gate, gate_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    up, up_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
+    vectors = (get_i64(step + _THIRD) + LANES - 1) // LANES
+    n, threads = get_i64(frame + N) * get_i64(step + _FOURTH), get_i64(frame + THREADS)
+    alpha, limit = get_f32(step + _FIFTH), get_f32(step + _SIXTH)
+    for unit in range(thread * vectors * n // threads, (thread + 1) * vectors * n // threads):
+        i, d = unit // vectors, unit % vectors * 64
+        g, u = load_f32(gate + i * gate_row + d), load_f32(up + i * up_row + d)
+        g = where(g > spread(limit), spread(limit), g)
+        u = where(u > spread(limit), spread(limit), u)
+        u = where(u > spread(-limit), u, spread(-limit))
+        store_f32(gate + i * gate_row + d, g / (exp(g * -alpha) + _ONE) * (u + _ONE))
 
 
 def _add(step: int, frame: int, thread: int) -> None:
@@ -221,6 +240,7 @@ _STEPS = {
     "embed": _embed,
     "norm": _norm,
     "gate": _gate,
+    "clamped_gate": _clamped_gate,
     "add": _add,
     "scale": _scale,
     "linear": _linear,

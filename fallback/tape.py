@@ -260,6 +260,13 @@ class Tape:
         fields = gate.offset, offset, gate.width, gate.slots, ACTIVATIONS[activation]
         self._record(step_kernel("gate"), *fields)
 
+    def clamped_gate(self, gate: Buffer, up: Buffer, alpha: float, limit: float) -> None:
+        """gate = g · sigmoid(alpha · g) · (u + 1), where g is gate up to ``limit`` and u is up
+        within ± ``limit``, for every position or slot: that of gpt-oss
+        (openai/gpt-oss, ``gpt_oss/torch/model.py``)."""
+        fields = gate.offset, up.offset, gate.width, gate.slots, _bits(alpha), _bits(limit)
+        self._record(step_kernel("clamped_gate"), *fields)
+
     def add(self, x: Buffer, to: Buffer, factor: float = 1.0) -> None:
         """to += factor · x."""
         self._record(step_kernel("add"), x.offset, to.offset, x.width, _bits(factor))

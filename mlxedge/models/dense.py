@@ -7,7 +7,7 @@ conversion/llama.py, as vendored by llama-cpp-python 0.3.36.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlxedge import gguf_values as gv
@@ -70,6 +70,8 @@ class Dense:
       ``gguf`` gives GGUF's metadata that no config key has.
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
+    - ``rounds_ramp``: the runtimes round the ends of yarn's ramp where the model does not, and are
+      what everybody runs it with: it is said and not refused.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``recasts``: see ``ModelSpec``.
@@ -98,6 +100,7 @@ class Dense:
     gguf: Callable[[Config], gv.Metadata] = lambda config: {}
     windowed: Container[str] = ()
     period: int = 0
+    rounds_ramp: bool = False
     longrope: bool = False
     notes: Callable[[Config, str], list[str]] = lambda config, runtime: []
     tied: Mapping[str, bool] = field(default_factory=dict)
@@ -121,7 +124,7 @@ class Dense:
             config_from_gguf=self.config_from_gguf,
             mlx_config=self.mlx_config,
             objections=self.objections,
-            notes=self.notes,
+            notes=self.all_notes,
             window=self.window,
             windows=self.windows,
             ropes=self.ropes,
@@ -299,7 +302,18 @@ class Dense:
         full = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
         if runtime == "gguf" and not full and not self.head_dim_free:
             found.append(f"llama.cpp's {self.arch} needs heads that add up to the hidden size")
-        return found + rope_objections(rope, runtime, self.arch, self.freq_factors)
+        told = replace(rope, truncate=rope.truncate or self.rounds_ramp)
+        return found + rope_objections(told, runtime, self.arch, self.freq_factors)
+
+    def all_notes(self, config: Config, runtime: str) -> list[str]:
+        found = self.notes(config, runtime)
+        rope = self._rope(config)
+        if self.rounds_ramp and rope.type == "yarn" and not rope.truncate:
+            found.append(
+                f"{NAMES[runtime]} rounds the ends of yarn's ramp, as in every file of this "
+                "architecture, where the model does not (truncate: false)"
+            )
+        return found
 
 
 def _expert_keys(experts: Experts) -> dict[str, str]:

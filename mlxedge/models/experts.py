@@ -42,6 +42,8 @@ class ExpertShape:
     scale: float = 1.0
     bias: bool = False
     shared_gate: bool = True
+    #: Where the gate is clamped, as in gpt-oss: its steepness alpha, and the limit.
+    clamped: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Experts:
     """What an architecture has: the config key of an expert's width, that of the shared expert's,
     and how the router scores. ``sparse`` tells whether ``decoder_sparse_step`` and
     ``mlp_only_layers`` make some layers dense; ``normalise`` is a config key or always so,
-    ``scale`` one or none. ``plain_router``: mlx-lm has no quantized router."""
+    ``scale`` one or none. ``plain_router``: mlx-lm has no quantized router. ``biases``: the router
+    and all matrices of experts have one; ``clamped``: the config keys of a clamped gate's steepness
+    and limit. ``published`` names an encoding that experts keep, if a source has them in it and
+    nothing else is asked for."""
 
     width: str = "moe_intermediate_size"
     shared_width: str | None = None
@@ -60,6 +65,9 @@ class Experts:
     bias: bool = False
     shared_gate: bool = True
     plain_router: bool = False
+    biases: bool = False
+    clamped: tuple[str, str] | None = None
+    published: str | None = None
 
     def settle(self, config: dict[str, Any]) -> dict[str, Any]:
         """``config`` with the keys spelled out that are read here and by the runtimes.
@@ -118,7 +126,14 @@ class Experts:
             scale=float(config[self.scale]) if self.scale else 1.0,
             bias=self.bias,
             shared_gate=self.shared_gate,
+            clamped=self._clamped(config),
         )
+
+    def _clamped(self, config: dict[str, Any]) -> tuple[float, float] | None:
+        if self.clamped is None:
+            return None
+        alpha, limit = (float(config[key]) for key in self.clamped)
+        return alpha, limit
 
     def sizes(self, config: dict[str, Any]) -> dict[str, int]:
         """What the words of a tensor's shape stand for."""

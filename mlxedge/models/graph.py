@@ -109,7 +109,7 @@ class Graph:
 
     def block(self, layer: int) -> None:
         """x = block ``layer`` of x."""
-        shape, tape, weights, wiring = self.shape, self.tape, self.weights, self.shape.wiring
+        shape, tape, wiring = self.shape, self.tape, self.shape.wiring
         x, h = self.x, self._h
         block = f"model.layers.{layer}."
         mixer = load_mixer(shape.mixers[layer])
@@ -152,7 +152,7 @@ class Graph:
         self, experts: ExpertShape, names: list[tuple[str, ...]], seen: Any, block: str
     ) -> None:
         """x += the chosen experts' output for what they see, and the shared expert's."""
-        tape, weights, activation = self.tape, self.weights, self.shape.activation
+        tape, weights = self.tape, self.weights
         choice, logits, (rows, gate, up, down), sharing = self._expert_buffers
         routers, gate_up, last, *shared_down = names
         factor, norm = self.shape.factors.residual, self.shape.wiring.mlp_out_norm
@@ -175,11 +175,11 @@ class Graph:
             products = [weights.experts(n, experts.count, source, out) for n, out in pairs]
             tape.expert_linear(source, choice, products)
             if source is rows:
-                tape.gate(gate, up, activation)
+                self._gate_experts(experts, gate, up)
         tape.combine(down, choice, out, add=direct)
         if sharing:
             *counts, gate, up = sharing
-            tape.gate(gate, up, activation)
+            self._gate_experts(experts, gate, up)
             self.tap(shared_down[0], gate)
             if counts:
                 tape.scale_by_sigmoid(gate, counts[0])
@@ -188,6 +188,13 @@ class Graph:
             self.norm(out, f"{block}{norm}", out)
         if not direct:
             tape.add(out, self.x, factor)
+
+    def _gate_experts(self, experts: ExpertShape, gate: Any, up: Any) -> None:
+        """gate = what gates up, and up."""
+        if experts.clamped is None:
+            self.tape.gate(gate, up, self.shape.activation)
+        else:
+            self.tape.clamped_gate(gate, up, *experts.clamped)
 
     def head(self, table: Any = None) -> Any:
         """Logits of x; returns their buffer. ``table`` is the embedding's, where it is known."""

@@ -40,7 +40,9 @@ def plan_mlx(
         dtype = target.recipe
     sources = to_world(spec, config, checkpoint.tensors, "mlx")
     matrices = [
-        name for name, source in sources.items() if len(source.shape) > 1 and not spec.is_norm(name)
+        name
+        for name, source in sources.items()
+        if len(source.shape) > 1 and source.name.endswith("weight") and not spec.is_norm(name)
     ]
     notes = overrides.unmatched("mlx", matrices)
     told = _told(matrices, spec, overrides)
@@ -131,6 +133,8 @@ def _choose(
         return PLAIN[dtype], None
     if len(source.shape) < 2:
         return PLAIN[dtype], f"one-dimensional tensors stay {dtype}"
+    if source.name.endswith("bias"):
+        return PLAIN[dtype], f"biases stay {dtype}"
     if not quantized.fits(source.shape):
         return (
             PLAIN[dtype],

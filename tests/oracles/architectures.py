@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from oracles import architectures_moe
+
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -236,3 +238,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "clip_qkv of olmoe is not supported",
     ),
 }
+
+OWN |= architectures_moe.OWN
+SAVED |= architectures_moe.SAVED
+PARTIAL |= architectures_moe.PARTIAL
+REFUSED |= architectures_moe.REFUSED

@@ -66,4 +66,5 @@ def attend(graph: Graph, layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
         neighbours=wiring.neighbours,
         centred=wiring.layer_norm,
         norm_last=wiring.head_norm == "last",
+        sinks=weights.optional(f"model.layers.{layer}.self_attn.sinks"),
     )

@@ -1,0 +1,77 @@
+"""Settings of random checkpoints, as in ``architectures``: mixtures of experts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+#: yarn's ramp between 32 rotations and one ends within a ten-thousandth of the pairs 4 and 8 of 32
+#: dimensions, so that rounding its ends, which runtimes do, changes next to nothing.
+WHOLE_RAMP = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "truncate": False,
+    "original_max_position_embeddings": 6436,
+    "rope_theta": math.exp(16 * math.log(6436 / (64 * math.pi)) / 4.0001),
+}
+
+
+#: What an architecture needs beside the sizes, or instead of them.
+OWN: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "head_dim": 32,
+        "sliding_window": 40,
+        "num_hidden_layers": 4,
+    },
+}
+SAVED: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "rope_parameters": WHOLE_RAMP,
+    },
+    "gpt_oss-truncated": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 3,
+        "head_dim": 48,
+        "sliding_window": 25,
+        "layer_types": [FULL, SLIDING, SLIDING],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 1e5,
+        },
+    },
+    "gpt_oss-plain-rope": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+
+#: Type and settings, and of the runtime that refuses the reason.
+PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "gpt_oss-other-gate": (
+        {
+            "model_type": "gpt_oss",
+            "swiglu_alpha": 1.2,
+            "swiglu_limit": 0.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        {"gguf": "alpha 1.702 and limit 7", "mlx": "alpha 1.702 and limit 7"},
+    ),
+    "gpt_oss-no-windows-no-biases": (
+        {"model_type": "gpt_oss", "layer_types": [FULL] * 4, "attention_bias": False},
+        {"gguf": "need the biases of attention", "mlx": "layers with windows and layers without"},
+    ),
+}
+
+#: What is not read at all: type and settings, and the reason.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {}
