@@ -139,9 +139,9 @@ def rope_objections(rope: Rope, runtime: str, arch: str, freq_factors: bool) -> 
         found.append("llama.cpp has no dynamic rope scaling")
     if runtime == "gguf" and rope.type == "llama3" and not freq_factors:
         found.append(f"llama.cpp reads no llama3 rope factors for {arch}")
-    if runtime == "gguf" and rope.type == "yarn" and arch not in _READS_RAMP:
-        if (rope.beta_fast, rope.beta_slow) != _RAMP:
-            found.append(f"llama.cpp reads no beta_fast and beta_slow of yarn for {arch}")
+    own_ramp = rope.type == "yarn" and (rope.beta_fast, rope.beta_slow) != _RAMP
+    if runtime == "gguf" and own_ramp and arch not in _READS_RAMP:
+        found.append(f"llama.cpp reads no beta_fast and beta_slow of yarn for {arch}")
     if rope.type == "yarn" and not rope.truncate:
         found.append("the runtime cannot be told this yarn truncate: false")
     default = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mlxedge.encodings import MLX_FLOAT, PLAIN, Affine, Encoding, MlxFloat
 from mlxedge.models.spec import ModelSpec
 from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card, window_notes
+from mlxedge.outputs.published import REASON, note, published
 from mlxedge.outputs.safetensors_file import lay_out
 from mlxedge.plan import OutputPlan, PlannedTensor, how_to_make, keeps_codes
 from mlxedge.recipes.overrides import NONE, Overrides, Role, with_scales
@@ -56,6 +57,8 @@ def plan_mlx(
             reason = reason or "routers get 8 bits"
             if spec.experts is not None and spec.experts.plain_router:
                 encoding, reason = PLAIN[dtype], "mlx-lm has no quantized router of this kind"
+        if quantized is not None and (stays := published(spec, source, "mlx")):
+            encoding, reason = stays, REASON
         if spec.is_exact(source.name):
             encoding, reason = PLAIN["f32"], None
         if name in told:
@@ -79,6 +82,8 @@ def plan_mlx(
     label = quantized.name if quantized else dtype
     plan = OutputPlan(target, path, label, layout.tensors, layout.files, files)
     plan.sources = recast_only(sources)
+    if any(tensor.reason == REASON for tensor in tensors):
+        plan.notes.append(note("mlx"))
     plan.notes += [*notes, *window_notes(spec, config, "mlx")]
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: mlx-lm can load but not tokenize")

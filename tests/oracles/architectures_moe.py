@@ -26,13 +26,13 @@ OWN: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "head_dim": 32,
         "sliding_window": 40,
-        "num_hidden_layers": 4,
+        "rope_parameters": WHOLE_RAMP,
     },
 }
 SAVED: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "model_type": "gpt_oss",
-        "rope_parameters": WHOLE_RAMP,
+        "num_hidden_layers": 5,
     },
     "gpt_oss-truncated": {
         "model_type": "gpt_oss",
@@ -49,7 +49,6 @@ SAVED: dict[str, dict[str, Any]] = {
     },
     "gpt_oss-plain-rope": {
         "model_type": "gpt_oss",
-        "num_hidden_layers": 2,
         "num_local_experts": 4,
         "num_experts_per_tok": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
@@ -67,8 +66,22 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         {"gguf": "alpha 1.702 and limit 7", "mlx": "alpha 1.702 and limit 7"},
     ),
+    "gpt_oss-other-ramp": (
+        {
+            "model_type": "gpt_oss",
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "original_max_position_embeddings": 128,
+                "rope_theta": 1e4,
+            },
+        },
+        {"gguf": "llama.cpp reads no beta_fast and beta_slow of yarn for gpt-oss"},
+    ),
     "gpt_oss-no-windows-no-biases": (
-        {"model_type": "gpt_oss", "layer_types": [FULL] * 4, "attention_bias": False},
+        {"model_type": "gpt_oss", "layer_types": [FULL] * 2, "attention_bias": False},
         {"gguf": "need the biases of attention", "mlx": "layers with windows and layers without"},
     ),
 }

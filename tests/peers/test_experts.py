@@ -23,7 +23,9 @@ from mlxedge.recipes.llama_cpp import file_type
 from mlxedge.sources import open_source
 from mlxedge.sources.gguf import read_gguf
 
-MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe")
+MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe", "gpt_oss")
+#: The width of an expert of these is ``intermediate_size``.
+ONE_WIDTH = ("mixtral", "olmoe", "gpt_oss")
 OPS = load_reference()
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 64)]
 
@@ -31,7 +33,7 @@ TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 64)]
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    wide = {"moe_intermediate_size": 256} if request.param not in ("mixtral", "olmoe") else {}
+    wide = {"moe_intermediate_size": 256} if request.param not in ONE_WIDTH else {}
     if request.param == "glm4_moe":
         wide |= {"first_k_dense_replace": 0}
     return write_checkpoint(
