@@ -29,6 +29,24 @@ OWN: dict[str, dict[str, Any]] = {
         "rope_parameters": WHOLE_RAMP,
     },
 }
+OWN["granitemoe"] = OWN["granitemoeshared"] = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "shared_intermediate_size": 96,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.125,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 2.5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 1e5,
+}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}
 SAVED: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "model_type": "gpt_oss",
@@ -52,6 +70,13 @@ SAVED: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "granitemoe": {"model_type": "granitemoe"},
+    "granitemoe-biases-tied-llama3": {
+        "model_type": "granitemoe",
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": LLAMA3,
     },
 }
 
@@ -79,6 +104,16 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             },
         },
         {"gguf": "llama.cpp reads no beta_fast and beta_slow of yarn for gpt-oss"},
+    ),
+    "granitemoeshared": ({"model_type": "granitemoeshared"}, {"mlx": "no granitemoeshared"}),
+    "granitemoeshared-biases-tied": (
+        {
+            "model_type": "granitemoeshared",
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": LINEAR,
+        },
+        {"mlx": "no granitemoeshared"},
     ),
     "gpt_oss-no-windows-no-biases": (
         {"model_type": "gpt_oss", "layer_types": [FULL] * 2, "attention_bias": False},

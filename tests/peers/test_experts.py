@@ -23,9 +23,9 @@ from mlxedge.recipes.llama_cpp import file_type
 from mlxedge.sources import open_source
 from mlxedge.sources.gguf import read_gguf
 
-MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe", "gpt_oss")
+MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe", "gpt_oss", "granitemoe")
 #: The width of an expert of these is ``intermediate_size``.
-ONE_WIDTH = ("mixtral", "olmoe", "gpt_oss")
+ONE_WIDTH = ("mixtral", "olmoe", "gpt_oss", "granitemoe")
 OPS = load_reference()
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 64)]
 
