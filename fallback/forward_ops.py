@@ -153,6 +153,18 @@ def _scale(step: int, frame: int, thread: int) -> None:
         store_f32(x + 64 * unit, v)
 
 
+def _clip(step: int, frame: int, thread: int) -> None:
+    """x within a limit on both sides."""
+    buffer = frame + get_i64(step + _FIRST)
+    x, row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    vectors, limit = get_i64(frame + N) * row // 64, get_f32(step + _SECOND)
+    threads = get_i64(frame + THREADS)
+    for unit in range(thread * vectors // threads, (thread + 1) * vectors // threads):
+        v = load_f32(x + 64 * unit)
+        v = where(v > spread(limit), spread(limit), v)
+        store_f32(x + 64 * unit, where(v > spread(-limit), v, spread(-limit)))
+
+
 @inline
 def _finish(part: int, frame: int, first: int, stop: int, n: int) -> None:
     """Add bias and residual to columns ``first`` to ``stop`` of a product."""
@@ -243,6 +255,7 @@ _STEPS = {
     "clamped_gate": _clamped_gate,
     "add": _add,
     "scale": _scale,
+    "clip": _clip,
     "linear": _linear,
 }
 

@@ -275,6 +275,10 @@ class Tape:
         """x = factor · x, and then cap · tanh(x / cap) if ``cap`` is not zero."""
         self._record(step_kernel("scale"), x.offset, _bits(factor), _bits(cap))
 
+    def clip(self, x: Buffer, limit: float) -> None:
+        """x = x within ± ``limit``, for every position."""
+        self._record(step_kernel("clip"), x.offset, _bits(limit))
+
     def route(
         self,
         logits: Buffer,

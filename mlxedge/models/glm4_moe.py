@@ -23,6 +23,7 @@ EXPERTS = Experts(
     bias=True,
     shared_gate=False,
     plain_router=True,
+    groups=("n_group", "topk_group"),
 )
 WIRING = Wiring(head_norm="head", partial=True)
 #: llama.cpp's number for scores by sigmoid.
@@ -39,8 +40,6 @@ def _settle(config: Config) -> Config:
     ]
     if wrong:
         raise UnsupportedModelError(f"the config needs whole numbers for {', '.join(wrong)}")
-    if config["n_group"] != 1:
-        raise UnsupportedModelError("glm4_moe with groups of experts is not supported")
     width = config.get("moe_intermediate_size")
     dense = min(config["first_k_dense_replace"], config["num_hidden_layers"])
     return config | {
@@ -48,6 +47,7 @@ def _settle(config: Config) -> Config:
         "shared_expert_intermediate_size": (width or 0) * config["n_shared_experts"],
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(range(dense)),
+        **({"n_group": 1, "topk_group": 1} if config["n_group"] == config["topk_group"] else {}),
         **{key: 0 for key in PREDICTING if key in config},
     }
 
@@ -92,7 +92,7 @@ SPEC = Dense(
     names=tuple(_name(name) for name in _NAMES),
     wiring=WIRING,
     experts=EXPERTS,
-    fixed={"attention_bias": False, "use_qk_norm": False, "n_group": 1, "topk_group": 1},
+    fixed={"attention_bias": False, "use_qk_norm": False},
     defaults={
         "rms_norm_eps": 1e-5,
         "partial_rotary_factor": 0.5,
@@ -108,6 +108,8 @@ SPEC = Dense(
     keys=(
         Key("n_shared_experts", "expert_shared_count", "u32", 1),
         Key("first_k_dense_replace", "leading_dense_block_count", "u32", 0),
+        Key("n_group", "expert_group_count", "u32", 1),
+        Key("topk_group", "expert_group_used_count", "u32", 1),
         Key("routed_scaling_factor", "expert_weights_scale", default=1.0),
     ),
     gguf=lambda config: {

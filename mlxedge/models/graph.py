@@ -166,6 +166,9 @@ class Graph:
             normalise=experts.normalise,
             scale=experts.scale,
             bias=weights.optional(f"{block}{ROUTER_BIAS}"),
+            groups=experts.groups,
+            top_groups=experts.top_groups,
+            group_best=experts.group_best,
         )
         tape.gather(seen, choice, rows)
         for group, source, outs in ((gate_up, rows, [gate, up]), (last, gate, [down])):

@@ -71,7 +71,8 @@ PRE_NORM = Wiring()
 @dataclass(frozen=True)
 class Factors:
     """What scales and caps activations: of embeddings, of q·k (``None`` for one over the root of
-    the head's size), of what a block adds to x, and of logits; caps are 0 for none."""
+    the head's size), of what a block adds to x, and of logits; caps are 0 for none. Queries, keys
+    and values stay within ± ``qkv_limit``."""
 
     embedding: float = 1.0
     attention: float | None = None
@@ -79,6 +80,7 @@ class Factors:
     logits: float = 1.0
     attention_cap: float = 0.0
     logits_cap: float = 0.0
+    qkv_limit: float | None = None
 
 
 def activation_name(config: Mapping[str, Any], wiring: Wiring) -> str:

@@ -102,6 +102,14 @@ SAVED: dict[str, dict[str, Any]] = {
             "partial_rotary_factor": 0.75,
         },
     },
+    "glm4_moe-groups": {
+        "model_type": "glm4_moe",
+        "n_routed_experts": 12,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_hidden_layers": 3,
+    },
+    "glm4_moe-all-groups": {"model_type": "glm4_moe", "n_group": 2, "topk_group": 2},
     "olmo3": {"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 40},
     "olmo3-yarn": {
         "model_type": "olmo3",
@@ -212,6 +220,10 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         {"mlx": "mlx-lm's stablelm has no linear rope scaling"},
     ),
+    "olmoe-clipped": (
+        {"model_type": "olmoe", "clip_qkv": 0.4},
+        {"gguf": "does not clip", "mlx": "does not clip"},
+    ),
     "olmoe-normalised": (
         {
             "model_type": "olmoe",
@@ -228,14 +240,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stablelm-parallel": (
         {"model_type": "stablelm", "use_parallel_residual": True},
         "stablelm with use_parallel_residual is not supported",
-    ),
-    "glm4_moe-groups": (
-        {"model_type": "glm4_moe", "n_group": 2, "topk_group": 1},
-        "glm4_moe with groups of experts is not supported",
-    ),
-    "olmoe-clipped": (
-        {"model_type": "olmoe", "clip_qkv": 8.0},
-        "clip_qkv of olmoe is not supported",
     ),
 }
 

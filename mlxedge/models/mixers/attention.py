@@ -45,6 +45,9 @@ def attend(graph: Graph, layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
         for x, weight in zip((q, k), norms, strict=True):
             graph.tape.norm(x, weight, shape.epsilon, x, centred=wiring.layer_norm)
         norms = [None, None]
+    if (limit := shape.factors.qkv_limit) is not None:
+        for x in (q, k, v):
+            graph.tape.clip(x, float(limit))
     rope = shape.ropes[layer]
     scale = shape.factors.attention
     graph.tape.attention(
