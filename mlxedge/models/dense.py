@@ -25,7 +25,7 @@ from mlxedge.models.rope_files import (
     rope_values,
     shortest,
 )
-from mlxedge.models.spec import Config, ModelSpec, Name, attention_everywhere
+from mlxedge.models.spec import BUFFERS, Config, ModelSpec, Name, attention_everywhere
 from mlxedge.models.wiring import ACTIVATIONS, NAMES, PRE_NORM, Factors, Wiring, activation_name
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Dense:
       what everybody runs it with: it is said and not refused.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
-    - ``recasts``: see ``ModelSpec``.
+    - ``recasts``: see ``ModelSpec``; ``ignored``: tensors that are dropped beside buffers.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
 
@@ -88,6 +88,7 @@ class Dense:
     experts: Experts | None = None
     recasts: tuple[Recast, ...] = ()
     drops_predicting: bool = False
+    ignored: tuple[str, ...] = ()
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
     mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
@@ -138,6 +139,7 @@ class Dense:
             experts=self.experts,
             recasts=self.recasts,
             drops_predicting=self.drops_predicting,
+            ignored=(*BUFFERS, *self.ignored),
         )
 
     def adopt(self, config: Config) -> Config:

@@ -92,9 +92,12 @@ class Experts:
         if isinstance(self.normalise, str):
             config[self.normalise] = bool(config.get(self.normalise))
         keys = ["num_experts", "num_experts_per_tok", self.width]
-        keys += [self.shared_width] if self.shared_width else []
         keys += ["decoder_sparse_step"] if self.sparse else []
         wrong = [k for k in keys if type(config.get(k)) is not int or not 0 < config[k] < 1 << 24]
+        if self.shared_width and not (
+            type(shared := config.get(self.shared_width)) is int and 0 <= shared < 1 << 24
+        ):
+            wrong.append(self.shared_width)
         if wrong:
             given = ", ".join(f"{key} ({str(config.get(key, 'absent'))[:40]!r})" for key in wrong)
             raise UnsupportedModelError(f"the config needs positive whole numbers for {given}")
@@ -112,7 +115,7 @@ class Experts:
     def _check_groups(self, config: dict[str, Any]) -> None:
         if self.groups is None:
             return
-        groups, top = (config.get(key) for key in self.groups)
+        groups, top = (config.get(key, 0) for key in self.groups)
         count, used = config["num_experts"], config["num_experts_per_tok"]
         known = type(groups) is int and type(top) is int and 0 < top <= groups
         if not known or count % groups or count // groups * top < used:

@@ -152,7 +152,7 @@ def _expert_names(
     for number, (stack, kind, shape) in enumerate(
         zip(STACKS, ("gate", "up", "down"), shapes, strict=True)
     ):
-        one = parts and f"{_BLOCK}{block}.experts.{{e}}.{parts[number]}"
+        one = f"{_BLOCK}{block}.experts.{{e}}.{parts[number]}" if parts else None
         both = f"{_BLOCK}{stack}", f"blk.{{i}}.ffn_{kind}_exps"
         mlx = f"{_BLOCK}{block}.{stacks}.{kind}_proj"
         for leaf, dims in (("weight", shape), ("bias", shape[:1]))[: 1 + experts.biases]:
@@ -160,12 +160,17 @@ def _expert_names(
             stored = one and f"{one}.{leaf}"
             size = ("experts", *dims)
             yield Name(hf, gguf, size, layers=layers, stored=stored, mlx=f"{mlx}.{leaf}")
-    if experts.shared_width is None:
+    width = experts.shared_width
+    if width is None:
         return
-    for shared, kind, (rows, cols) in zip(SHARED, ("gate", "up", "down"), shapes, strict=True):
+
+    def shared(config: Config) -> bool:
+        return bool(config[width])
+
+    for module, kind, (rows, cols) in zip(SHARED, ("gate", "up", "down"), shapes, strict=True):
         wide = tuple("shared" if word == "expert" else word for word in (rows, cols))
         gguf = f"blk.{{i}}.ffn_{kind}_shexp.weight"
-        yield Name(f"{_BLOCK}{shared}.weight", gguf, wide, layers=layers)
+        yield Name(f"{_BLOCK}{module}.weight", gguf, wide, present=shared, layers=layers)
     if not experts.shared_gate:
         return
     gguf = "blk.{i}.ffn_gate_inp_shexp.weight"

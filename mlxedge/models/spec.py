@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 RowOrder = Literal["same", "rope_q", "rope_k"]
 
 Config = dict[str, Any]
+#: Source tensors that are no weights.
+BUFFERS = (r".*rotary_emb\.inv_freq",)
 #: Config keys for the number of layers that predict further tokens.
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
 
@@ -118,7 +120,7 @@ class ModelSpec:
         "rope_factors_short.weight",
     )
     #: Source tensors that carry no weights (buffers) and are dropped.
-    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    ignored: tuple[str, ...] = BUFFERS
 
     @cached_property
     def _by_hf(self) -> list[tuple[re.Pattern[str], Name]]:

@@ -29,6 +29,24 @@ OWN: dict[str, dict[str, Any]] = {
         "rope_parameters": WHOLE_RAMP,
     },
 }
+OWN["minimax_m2"] = {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 48}
+OWN["dots1"] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+}
+OWN["hunyuan_v1_moe"] = {"num_experts": 6, "moe_topk": 3, "head_dim": 48}
+OWN["ernie4_5_moe"] = {
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_intermediate_size": 64,
+    "moe_num_shared_experts": 2,
+}
 OWN["granitemoe"] = OWN["granitemoeshared"] = {
     "num_local_experts": 6,
     "num_experts_per_tok": 3,
@@ -44,6 +62,12 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+    "rope_theta": 1e5,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
     "rope_theta": 1e5,
 }
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}
@@ -70,6 +94,30 @@ SAVED: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "minimax_m2": {"model_type": "minimax_m2"},
+    "minimax_m2-half-one-of-four": {
+        "model_type": "minimax_m2",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "head_dim": 64,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e5,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "dots1": {"model_type": "dots1", "num_hidden_layers": 3, "head_dim": 48},
+    "dots1-groups-yarn": {
+        "model_type": "dots1",
+        "n_routed_experts": 12,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 0,
+        "n_shared_experts": 1,
+        "norm_topk_prob": False,
+        "rope_parameters": YARN,
     },
     "granitemoe": {"model_type": "granitemoe"},
     "granitemoe-biases-tied-llama3": {
@@ -105,6 +153,69 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         {"gguf": "llama.cpp reads no beta_fast and beta_slow of yarn for gpt-oss"},
     ),
+    "minimax_m2-tied": (
+        {"model_type": "minimax_m2", "tie_word_embeddings": True},
+        {"gguf": "tied embeddings"},
+    ),
+    "minimax_m2-linear": (
+        {"model_type": "minimax_m2", "rope_parameters": LINEAR},
+        {"mlx": "mlx-lm's minimax_m2 has no linear rope scaling"},
+    ),
+    "dots1-fewer-keys-one": (
+        {
+            "model_type": "dots1",
+            "num_key_value_heads": 2,
+            "num_experts_per_tok": 1,
+            "tie_word_embeddings": True,
+        },
+        {"gguf": "as many heads of keys", "mlx": "does not normalise the score of one expert"},
+    ),
+    "dots1-biases": (
+        {"model_type": "dots1", "attention_bias": True},
+        {"gguf": "no attention biases", "mlx": "no attention biases"},
+    ),
+    "hunyuan_v1_moe": ({"model_type": "hunyuan_v1_moe"}, {"mlx": "has no hunyuan_v1_moe"}),
+    "hunyuan_v1_moe-tied-alpha": (
+        {
+            "model_type": "hunyuan_v1_moe",
+            "moe_topk": [2, 2],
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "factor": 1.0,
+                "alpha": 50.0,
+                "rope_theta": 1e4,
+            },
+        },
+        {"mlx": "has no hunyuan_v1_moe"},
+    ),
+    "hunyuan_v1_moe-biases": (
+        {"model_type": "hunyuan_v1_moe", "attention_bias": True},
+        {"gguf": "no attention biases", "mlx": "has no hunyuan_v1_moe"},
+    ),
+    "ernie4_5_moe": (
+        {"model_type": "ernie4_5_moe", "num_hidden_layers": 3},
+        {"mlx": "leaves out what is added to scores"},
+    ),
+    "ernie4_5_moe-untied-none-shared": (
+        {
+            "model_type": "ernie4_5_moe",
+            "tie_word_embeddings": False,
+            "moe_layer_start_index": 0,
+            "moe_num_shared_experts": 0,
+            "rope_parameters": LINEAR,
+        },
+        {"mlx": "leaves out what is added to scores"},
+    ),
+    "ernie4_5_moe-every-second": (
+        {
+            "model_type": "ernie4_5_moe",
+            "num_hidden_layers": 5,
+            "moe_layer_interval": 2,
+            "moe_layer_end_index": 2,
+        },
+        {"gguf": "experts in all layers from the first", "mlx": "leaves out"},
+    ),
     "granitemoeshared": ({"model_type": "granitemoeshared"}, {"mlx": "no granitemoeshared"}),
     "granitemoeshared-biases-tied": (
         {
@@ -122,4 +233,13 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 
 #: What is not read at all: type and settings, and the reason.
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "ernie4_5_moe-biases": (
+        {"model_type": "ernie4_5_moe", "use_bias": True},
+        "ernie4_5_moe with biases",
+    ),
+    "hunyuan_v1_moe-differs": (
+        {"model_type": "hunyuan_v1_moe", "moe_topk": [2, 3]},
+        "alike in all layers",
+    ),
+}

@@ -23,9 +23,14 @@ from mlxedge.recipes.llama_cpp import file_type
 from mlxedge.sources import open_source
 from mlxedge.sources.gguf import read_gguf
 
-MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe", "gpt_oss", "granitemoe")
+MODELS = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe"),
+    *("gpt_oss", "granitemoe", "minimax_m2", "dots1"),
+)
 #: The width of an expert of these is ``intermediate_size``.
-ONE_WIDTH = ("mixtral", "olmoe", "gpt_oss", "granitemoe")
+ONE_WIDTH = ("mixtral", "olmoe", "gpt_oss", "granitemoe", "minimax_m2")
+#: The first layers of these are dense, unless told otherwise.
+DENSE_FIRST = ("glm4_moe", "dots1")
 OPS = load_reference()
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 64)]
 
@@ -34,7 +39,7 @@ TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 64)]
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "model"
     wide = {"moe_intermediate_size": 256} if request.param not in ONE_WIDTH else {}
-    if request.param == "glm4_moe":
+    if request.param in DENSE_FIRST:
         wide |= {"first_k_dense_replace": 0}
     return write_checkpoint(
         folder, request.param, "bfloat16", hidden_size=256, intermediate_size=256, **wide
