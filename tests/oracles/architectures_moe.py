@@ -40,6 +40,13 @@ OWN["dots1"] = {
     "routed_scaling_factor": 1.5,
     "norm_topk_prob": True,
 }
+OWN["exaone_moe"] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "num_shared_experts": 2,
+    "sliding_window": 40,
+}
 OWN["hunyuan_v1_moe"] = {"num_experts": 6, "moe_topk": 3, "head_dim": 48}
 OWN["ernie4_5_moe"] = {
     "moe_num_experts": 8,
@@ -119,6 +126,19 @@ SAVED: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "rope_parameters": YARN,
     },
+    "exaone_moe": {"model_type": "exaone_moe", "num_hidden_layers": 5, "head_dim": 48},
+    "exaone_moe-groups-llama3": {
+        "model_type": "exaone_moe",
+        "num_hidden_layers": 3,
+        "layer_types": [FULL, SLIDING, SLIDING],
+        "num_experts": 12,
+        "n_group": 4,
+        "topk_group": 2,
+        "mlp_layer_types": ["dense", "dense", "sparse"],
+        "num_shared_experts": 1,
+        "norm_topk_prob": False,
+        "rope_parameters": LLAMA3,
+    },
     "granitemoe": {"model_type": "granitemoe"},
     "granitemoe-biases-tied-llama3": {
         "model_type": "granitemoe",
@@ -173,6 +193,20 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "dots1-biases": (
         {"model_type": "dots1", "attention_bias": True},
         {"gguf": "no attention biases", "mlx": "no attention biases"},
+    ),
+    "exaone_moe-no-windows": (
+        {"model_type": "exaone_moe", "layer_types": [FULL] * 2},
+        {"gguf": "windows and layers without", "mlx": "windows and layers without"},
+    ),
+    "exaone_moe-tied-one": (
+        {
+            "model_type": "exaone_moe",
+            "num_hidden_layers": 5,
+            "tie_word_embeddings": True,
+            "num_experts_per_tok": 1,
+            "norm_topk_prob": False,
+        },
+        {"gguf": "tied embeddings"},
     ),
     "hunyuan_v1_moe": ({"model_type": "hunyuan_v1_moe"}, {"mlx": "has no hunyuan_v1_moe"}),
     "hunyuan_v1_moe-tied-alpha": (
