@@ -58,7 +58,7 @@ class Experts:
     ``mlp_only_layers`` make some layers dense; ``normalise`` is a config key or always so,
     ``scale`` one or none. ``plain_router``: mlx-lm has no quantized router. ``groups`` are the
     config keys of their number and of how many are chosen from, ``group_best`` as in the shape.
-    ``biases``: the router
+    ``score_key`` is the config key of the score, where models differ. ``biases``: the router
     and all matrices of experts have one; ``clamped``: the config keys of a clamped gate's steepness
     and limit. ``published`` names an encoding that experts keep, if a source has them in it and
     nothing else is asked for."""
@@ -67,6 +67,7 @@ class Experts:
     shared_width: str | None = None
     sparse: bool = True
     score: Score = "softmax"
+    score_key: str | None = None
     normalise: str | bool = "norm_topk_prob"
     scale: str | None = None
     bias: bool = False
@@ -148,7 +149,7 @@ class Experts:
             width=config[self.width],
             shared_width=config[self.shared_width] if self.shared_width else 0,
             layers=self.layers(config),
-            score=self.score,
+            score=config[self.score_key] if self.score_key else self.score,
             normalise=(
                 config[self.normalise] if isinstance(self.normalise, str) else self.normalise
             ),

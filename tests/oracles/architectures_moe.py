@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+#: What transformers has no code of: tests/peers/test_remote_code_moe.py holds those to others.
+REMOTE_CODE = ("bailing_moe", "deepseek")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
