@@ -10,9 +10,11 @@ from mlxedge.fallback.lanes import inline, spread, where
 from mlxedge.fallback.tiles import exp
 
 #: As steps know them; the GELUs are the exact one and Hendrycks and Gimpel's with a hyperbolic
-#: tangent (arXiv 1606.08415), "relu2" is the square of ReLU.
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
-_GELU_TANH, _GELU, _RELU2 = (ACTIVATIONS[n] for n in ("gelu_tanh", "gelu", "relu2"))
+#: tangent (arXiv 1606.08415), "relu2" is the square of ReLU; "sigmoid" is for gates.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "sigmoid": 4}
+_GELU_TANH, _GELU, _RELU2, _SIGMOID = (
+    ACTIVATIONS[n] for n in ("gelu_tanh", "gelu", "relu2", "sigmoid")
+)
 
 _ZERO, _ONE, _TWO, _HALF = (np.float32(x) for x in (0.0, 1.0, 2.0, 0.5))
 _CUBIC, _STEEP = np.float32(0.044715), np.float32(2.0 * np.sqrt(2.0 / np.pi))
@@ -56,4 +58,6 @@ def activate(kind: int, v: Any) -> Any:
     if kind == _RELU2:
         positive = where(v > spread(_ZERO), v, spread(_ZERO))
         return positive * positive
+    if kind == _SIGMOID:
+        return spread(_ONE) / (exp(v * -_ONE) + _ONE)
     return _silu(v)

@@ -32,8 +32,15 @@ def _check(config: Config, runtime: str) -> list[str]:
 
 
 def _back(config: Config, get: Get) -> Config:
-    """``n_routed_experts`` is what transformers and mlx-lm call their number."""
-    return config | {"n_routed_experts": config["num_experts"], **normalised(get)}
+    """``n_routed_experts`` is what transformers and mlx-lm call their number. A file of whole heads
+    that rotate says nothing of a part, which a silent config means."""
+    rope = {"partial_rotary_factor": 1.0} | config["rope_parameters"]
+    return config | {
+        "n_routed_experts": config["num_experts"],
+        "rope_parameters": rope,
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        **normalised(get),
+    }
 
 
 def _name(name: Name) -> Name:

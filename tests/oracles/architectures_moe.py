@@ -49,6 +49,24 @@ OWN["exaone_moe"] = {
     "num_shared_experts": 2,
     "sliding_window": 40,
 }
+OWN["solar_open"] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+    "head_dim": 48,
+}
+OWN["afmoe"] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "num_shared_experts": 2,
+    "route_scale": 2.5,
+    "head_dim": 48,
+    "sliding_window": 40,
+    "mup_enabled": True,
+}
 OWN["hunyuan_v1_moe"] = {"num_experts": 6, "moe_topk": 3, "head_dim": 48}
 OWN["ernie4_5_moe"] = {
     "moe_num_experts": 8,
@@ -141,6 +159,24 @@ SAVED: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "rope_parameters": LLAMA3,
     },
+    "solar_open": {"model_type": "solar_open"},
+    "solar_open-groups": {
+        "model_type": "solar_open",
+        "n_routed_experts": 12,
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 1,
+        "norm_topk_prob": False,
+    },
+    "afmoe": {"model_type": "afmoe", "num_hidden_layers": 5},
+    "afmoe-tied-yarn": {
+        "model_type": "afmoe",
+        "num_hidden_layers": 4,
+        "num_dense_layers": 2,
+        "num_shared_experts": 1,
+        "tie_word_embeddings": True,
+        "rope_parameters": YARN,
+    },
     "granitemoe": {"model_type": "granitemoe"},
     "granitemoe-biases-tied-llama3": {
         "model_type": "granitemoe",
@@ -209,6 +245,22 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "norm_topk_prob": False,
         },
         {"gguf": "tied embeddings"},
+    ),
+    "solar_open-yarn-biases": (
+        {"model_type": "solar_open", "attention_bias": True, "rope_parameters": YARN},
+        {"mlx": "mlx-lm's solar_open has no yarn"},
+    ),
+    "solar_open-tied": (
+        {"model_type": "solar_open", "tie_word_embeddings": True},
+        {"mlx": "tied embeddings"},
+    ),
+    "afmoe-every-third": (
+        {"model_type": "afmoe", "num_hidden_layers": 3, "global_attn_every_n_layers": 3},
+        {"gguf": "all layers but every fourth"},
+    ),
+    "afmoe-unscaled-biases": (
+        {"model_type": "afmoe", "mup_enabled": False, "attention_bias": True},
+        {"gguf": "always scales embeddings", "mlx": "no attention biases"},
     ),
     "hunyuan_v1_moe": ({"model_type": "hunyuan_v1_moe"}, {"mlx": "has no hunyuan_v1_moe"}),
     "hunyuan_v1_moe-tied-alpha": (
