@@ -25,12 +25,16 @@ from mlxedge.sources.gguf import read_gguf
 
 MODELS = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe"),
-    *("gpt_oss", "granitemoe", "minimax_m2", "dots1"),
+    *("gpt_oss", "granitemoe", "minimax_m2", "dots1", "afmoe"),
 )
 #: The width of an expert of these is ``intermediate_size``.
 ONE_WIDTH = ("mixtral", "olmoe", "gpt_oss", "granitemoe", "minimax_m2")
-#: The first layers of these are dense, unless told otherwise.
-DENSE_FIRST = ("glm4_moe", "dots1")
+#: What leaves two layers with experts.
+LAYERS = {
+    "glm4_moe": {"first_k_dense_replace": 0},
+    "dots1": {"first_k_dense_replace": 0},
+    "afmoe": {"num_hidden_layers": 4, "num_dense_layers": 2},
+}
 #: Other random weights, where those of seed 0 have near-ties of experts at most positions.
 SEEDS = {"minimax_m2": 1}
 OPS = load_reference()
@@ -41,8 +45,7 @@ TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 64)]
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "model"
     wide = {"moe_intermediate_size": 256} if request.param not in ONE_WIDTH else {}
-    if request.param in DENSE_FIRST:
-        wide |= {"first_k_dense_replace": 0}
+    wide |= LAYERS.get(request.param, {})
     wide |= {"seed": SEEDS.get(request.param, 0)}
     return write_checkpoint(
         folder, request.param, "bfloat16", hidden_size=256, intermediate_size=256, **wide

@@ -124,6 +124,9 @@ def test_codes_are_kept_and_run_everywhere(folders: tuple[Path, Path], tmp_path:
     mlxedge.convert(tmp_path / "published-Q8_0.gguf", "mlx:4bit", tmp_path / "again")
     for name, weights in decoded(folder).items():
         np.testing.assert_array_equal(decoded(tmp_path / "again")[name], weights)
+    # mlx-lm runs codes of two kinds in one model.
+    made_again = tmp_path / "again"
+    assert error(mlx_lm(made_again), mlxedge.load(made_again).logits(TOKENS)) < 1e-3
     mlxedge.convert(folder, "hf:f32", tmp_path / "back")
     assert error(truth(tmp_path / "back"), expected) == 0
 
