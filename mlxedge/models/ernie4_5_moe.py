@@ -104,8 +104,9 @@ SPEC = Dense(
         "moe_layer_interval": 1,
     },
     theta=5e5,
+    lacks=("mlx",),
     drops_predicting=True,
-    ignored=(r"model\.mtp_.*",),
+    buffers=(r"model\.mtp_.*",),
     keys=(
         Key("moe_num_shared_experts", "expert_shared_count", "u32", 0),
         Key(_SHARED, "expert_shared_feed_forward_length", "u32", 0),

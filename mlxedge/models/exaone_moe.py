@@ -111,7 +111,7 @@ SPEC = Dense(
     },
     tied={"gguf": False},
     drops_predicting=True,
-    ignored=(r"mtp\..*",),
+    buffers=(r"mtp\..*",),
     keys=_KEYS,
     gguf=_gguf,
     adopts=_adopt,

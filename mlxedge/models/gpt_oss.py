@@ -42,7 +42,8 @@ _YARN = {
 
 
 def _adopt(config: Config) -> Config:
-    if config.get("rope_parameters") is None and config.get("rope_scaling") is None:
+    """With the scaling that a config means that does not tell of any."""
+    if config.get("rope_parameters") is None and "rope_scaling" not in config:
         return config | {"rope_scaling": dict(_YARN)}
     return config
 

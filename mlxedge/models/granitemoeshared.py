@@ -21,8 +21,7 @@ _GATE, _UP, _DOWN = (f"{_LAYER}{part}.weight" for part in SHARED)
 
 
 def _check(config: Config, runtime: str) -> list[str]:
-    found = [f"{key} is 0" for key in FACTORS if not config[key]]
-    return found + (["mlx-lm has no granitemoeshared"] if runtime == "mlx" else [])
+    return [f"{key} is 0" for key in FACTORS if not config[key]]
 
 
 SPEC = Dense(
@@ -49,6 +48,7 @@ SPEC = Dense(
     defaults={**dict.fromkeys(FACTORS, 1.0), _WIDTH: 1024},
     keys=(*KEYS, Key(_WIDTH, _GGUF_WIDTH, "u32")),
     freq_factors=True,
+    lacks=("mlx",),
     reads=lambda metadata: f"granitemoe.{_GGUF_WIDTH}" in metadata,
     check=_check,
 ).spec()

@@ -83,6 +83,7 @@ SPEC = Dense(
     fixed={"attention_bias": False, "use_qk_norm": True},
     defaults={"rms_norm_eps": 1e-5},
     gguf=lambda config: {"expert_shared_feed_forward_length": gv.u32(config["intermediate_size"])},
+    lacks=("mlx",),
     settles=_settle,
     check=_check,
     back=_back,

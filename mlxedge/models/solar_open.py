@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mlxedge.models.dense import Dense, plain_rope
+from mlxedge.models.dense import Dense, Get, plain_rope
 from mlxedge.models.names import names
 from mlxedge.models.routed import (
     EXPERTS,
@@ -13,6 +13,7 @@ from mlxedge.models.routed import (
     SHARED_EXPERTS,
     after_dense,
     metadata,
+    normalised,
     one_expert,
 )
 from mlxedge.models.spec import Config, Name
@@ -27,6 +28,10 @@ def _check(config: Config, runtime: str) -> list[str]:
     if runtime == "gguf":
         return []
     return [*plain_rope(config, "mlx-lm"), *one_expert(config, runtime)]
+
+
+def _back(config: Config, get: Get) -> Config:
+    return config | {"n_routed_experts": config["num_experts"], **normalised(get)}
 
 
 def _name(name: Name) -> Name:
@@ -60,4 +65,5 @@ SPEC = Dense(
     settles=_settle,
     reads=lambda metadata: False,
     check=_check,
+    back=_back,
 ).spec()

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from oracles import architectures_moe
-
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -236,14 +234,4 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 
 #: What is not read at all: type and settings, and the reason.
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "stablelm-parallel": (
-        {"model_type": "stablelm", "use_parallel_residual": True},
-        "stablelm with use_parallel_residual is not supported",
-    ),
-}
-
-OWN |= architectures_moe.OWN
-SAVED |= architectures_moe.SAVED
-PARTIAL |= architectures_moe.PARTIAL
-REFUSED |= architectures_moe.REFUSED
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {}

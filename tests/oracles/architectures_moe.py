@@ -49,6 +49,21 @@ OWN["exaone_moe"] = {
     "num_shared_experts": 2,
     "sliding_window": 40,
 }
+OWN["bailing_moe"] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "num_shared_experts": 1,
+    "use_qk_norm": True,
+    "moe_router_enable_expert_bias": True,
+    "score_function": "sigmoid",
+}
+OWN["deepseek"] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+}
 OWN["solar_open"] = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
@@ -304,7 +319,10 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         {"gguf": "experts in all layers from the first", "mlx": "leaves out"},
     ),
-    "granitemoeshared": ({"model_type": "granitemoeshared"}, {"mlx": "no granitemoeshared"}),
+    "granitemoeshared": (
+        {"model_type": "granitemoeshared"},
+        {"mlx": "does not have this architecture"},
+    ),
     "granitemoeshared-biases-tied": (
         {
             "model_type": "granitemoeshared",
@@ -312,7 +330,7 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "tie_word_embeddings": True,
             "rope_parameters": LINEAR,
         },
-        {"mlx": "no granitemoeshared"},
+        {"mlx": "does not have this architecture"},
     ),
     "gpt_oss-no-windows-no-biases": (
         {"model_type": "gpt_oss", "layer_types": [FULL] * 2, "attention_bias": False},
