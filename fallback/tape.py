@@ -37,7 +37,7 @@ _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
 #: How a router's logits become scores: see :meth:`Tape.route`.
 Score = Literal["softmax", "sigmoid", "softmax_top"]
 #: See :mod:`mlxedge.fallback.activations`.
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu", "sigmoid"]
 #: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
 #: which expert of how many that is for: 0 of 1, but for the taps of experts.
 Watch = Callable[[Any, np.ndarray, int, int], None]
@@ -273,6 +273,13 @@ class Tape:
         fields = gate.offset, offset, gate.width, gate.slots, ACTIVATIONS[activation]
         self._record(step_kernel("gate"), *fields, self._vector(numbers))
 
+    def clamped_gate(self, gate: Buffer, up: Buffer, alpha: float, limit: float) -> None:
+        """gate = g · sigmoid(alpha · g) · (u + 1), where g is gate up to ``limit`` and u is up
+        within ± ``limit``, for every position or slot: that of gpt-oss
+        (openai/gpt-oss, ``gpt_oss/torch/model.py``)."""
+        fields = gate.offset, up.offset, gate.width, gate.slots, _bits(alpha), _bits(limit)
+        self._record(step_kernel("clamped_gate"), *fields)
+
     def add(self, x: Buffer, to: Buffer, factor: float = 1.0) -> None:
         """to += factor · x."""
         self._record(step_kernel("add"), x.offset, to.offset, x.width, _bits(factor))
@@ -370,9 +377,10 @@ class Tape:
                 fields += [p.matrix.address, p.out.width, p.out.offset, self._vector(bias)]
             self._expert_step("products", x, choice, *fields)
 
-    def combine(self, x: Buffer, choice: Choice, add_to: Buffer) -> None:
-        """add_to += Σ weight · x over the slots of each position, the first choice first."""
-        self._expert_step("combine", x, choice, add_to.offset)
+    def combine(self, x: Buffer, choice: Choice, out: Buffer, *, add: bool = True) -> None:
+        """out = Σ weight · x over the slots of each position, the first choice first; or out +=
+        that, to ``add`` it."""
+        self._expert_step("combine", x, choice, out.offset, int(add))
 
     def expert_tap(self, name: Any, x: Buffer, choice: Choice) -> None:
         """Let who walks the tape look at the rows of ``x`` of each expert that has some, in the

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxedge import gguf_values as gv
-from mlxedge.encodings import F32, Encoding
+from mlxedge.encodings import F32, PLAIN, Encoding
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.spec import ModelSpec
 from mlxedge.ops import load_reference
 from mlxedge.outputs.folder import window_notes
 from mlxedge.outputs.gguf_file import ALIGNMENT, header_bytes
+from mlxedge.outputs.published import REASON, note, published
 from mlxedge.plan import (
     DataFile,
     OutputPlan,
@@ -86,6 +87,15 @@ def plan_gguf(
     choices = llama_cpp.choose(
         target.recipe, shapes, _shape(spec, config), has_imatrix=imatrix, overrides=overrides
     )
+    if target.recipe not in PLAIN and not overrides.pure:
+        stay = {
+            names[n][0]: llama_cpp.Choice(encoding, REASON)
+            for n, source in sources.items()
+            if (encoding := published(spec, source, "gguf"))
+            and overrides.find(names[n][0], "gguf") is None
+        }
+        choices |= stay
+        notes += [note("gguf")] if stay else []
     llama_cpp.check_importance(
         target.recipe,
         choices,

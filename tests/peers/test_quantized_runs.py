@@ -20,6 +20,7 @@ OTHERS = (
     *("phi3", "gemma3_text", "glm4", "cohere-qk-norm", "starcoder2", "nemotron", "stablelm"),
     *("apertus", "phi", "stablelm-parallel", "minicpm-tied"),
     *("gpt2", "gpt_neox", "falcon", "internlm2"),
+    *("gpt_oss", "granitemoe", "granitemoeshared", "afmoe", "ernie4_5_moe"),
 )
 #: Number, as llama-quantize counts.
 RECIPES = {

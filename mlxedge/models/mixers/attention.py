@@ -72,6 +72,7 @@ def attend(graph: Graph, layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
         neighbours=wiring.neighbours,
         centred=wiring.layer_norm,
         norm_last=wiring.head_norm == "last",
+        sinks=weights.optional(f"model.layers.{layer}.self_attn.sinks"),
         slopes=alibi_slopes(shape.heads, shape.factors.alibi) if shape.factors.alibi else None,
     )
 
