@@ -30,7 +30,18 @@ __all__ = [
 
 #: Modules of this package that serve the architectures and are none themselves.
 _SHARED = {
-    *("decoder", "dense", "experts", "graph", "layout", "mixers", "names", "recasts", "rope"),
+    *(
+        "decoder",
+        "dense",
+        "experts",
+        "graph",
+        "latent",
+        "layout",
+        "mixers",
+        "names",
+        "recasts",
+        "rope",
+    ),
     *("rope_files", "shape", "spec", "weights", "wiring"),
 }
 

@@ -71,6 +71,8 @@ class Dense:
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
+    - ``yarn_told``: the runtimes that can be told yarn's attention factor.
+    - ``widths``: see ``ModelSpec``.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``recasts``: see ``ModelSpec``.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
@@ -99,6 +101,8 @@ class Dense:
     windowed: Container[str] = ()
     period: int = 0
     longrope: bool = False
+    yarn_told: Container[str] = ()
+    widths: Callable[[Config], Mapping[str, int]] = lambda config: {}
     notes: Callable[[Config, str], list[str]] = lambda config, runtime: []
     tied: Mapping[str, bool] = field(default_factory=dict)
     adopts: Callable[[Config], Config] = lambda config: config
@@ -127,6 +131,7 @@ class Dense:
             ropes=self.ropes,
             mixers=self.mixers,
             factors=self.factors,
+            widths=self.widths,
             wiring=self.wiring,
             epsilon=self.epsilon,
             adopt=self.adopt,
@@ -299,7 +304,9 @@ class Dense:
         full = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
         if runtime == "gguf" and not full and not self.head_dim_free:
             found.append(f"llama.cpp's {self.arch} needs heads that add up to the hidden size")
-        return found + rope_objections(rope, runtime, self.arch, self.freq_factors)
+        return found + rope_objections(
+            rope, runtime, self.arch, self.freq_factors, runtime in self.yarn_told
+        )
 
 
 def _expert_keys(experts: Experts) -> dict[str, str]:

@@ -30,7 +30,9 @@ class ExpertShape:
     """Of one model: ``used`` of ``count`` experts of ``width`` serve a token in ``layers``;
     ``shared_width`` is that of the shared expert, 0 for none. ``normalise``: the chosen scores are
     divided by their sum, then multiplied by ``scale``; ``bias``: what is added to scores for the
-    choice alone is a tensor. ``shared_gate``: a sigmoid tells how much the shared expert counts."""
+    choice alone is a tensor. ``shared_gate``: a sigmoid tells how much the shared expert counts.
+    The choice is among the ``top_groups`` of ``groups`` whose ``group_best`` best add up to most.
+    """
 
     count: int
     used: int
@@ -42,6 +44,9 @@ class ExpertShape:
     scale: float = 1.0
     bias: bool = False
     shared_gate: bool = True
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Experts:
     """What an architecture has: the config key of an expert's width, that of the shared expert's,
     and how the router scores. ``sparse`` tells whether ``decoder_sparse_step`` and
     ``mlp_only_layers`` make some layers dense; ``normalise`` is a config key or always so,
-    ``scale`` one or none. ``plain_router``: mlx-lm has no quantized router."""
+    ``scale`` one or none. ``plain_router``: mlx-lm has no quantized router. ``groups`` are the
+    config keys of their number and of how many are chosen from, ``group_best`` as in the shape."""
 
     width: str = "moe_intermediate_size"
     shared_width: str | None = None
@@ -60,6 +66,8 @@ class Experts:
     bias: bool = False
     shared_gate: bool = True
     plain_router: bool = False
+    groups: tuple[str, str] | None = None
+    group_best: int = 2
 
     def settle(self, config: dict[str, Any]) -> dict[str, Any]:
         """``config`` with the keys spelled out that are read here and by the runtimes.
@@ -86,10 +94,27 @@ class Experts:
                 f"num_experts_per_tok ({config['num_experts_per_tok']}) exceeds num_experts "
                 f"({config['num_experts']})"
             )
+        self._check_groups(config)
         dense = config.get("mlp_only_layers") or []
         if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
             raise UnsupportedModelError("the config's mlp_only_layers is not a list of layers")
         return config
+
+    def _check_groups(self, config: dict[str, Any]) -> None:
+        if self.groups is None:
+            return
+        groups, top = (config.get(key) for key in self.groups)
+        count, used = config["num_experts"], config["num_experts_per_tok"]
+        known = type(groups) is int and type(top) is int and 0 < top <= groups
+        if not known or count % groups or count // groups * top < used:
+            raise UnsupportedModelError(
+                f"{used} of {count} experts cannot be chosen from {str(top)[:40]} of "
+                f"{str(groups)[:40]} groups ({', '.join(self.groups)})"
+            )
+        if groups > 1 and count // groups < self.group_best:
+            raise UnsupportedModelError(
+                f"groups of {count // groups} experts have no {self.group_best} best"
+            )
 
     def layers(self, config: dict[str, Any]) -> frozenset[int]:
         """The layers that have experts."""
@@ -118,6 +143,9 @@ class Experts:
             scale=float(config[self.scale]) if self.scale else 1.0,
             bias=self.bias,
             shared_gate=self.shared_gate,
+            groups=config[self.groups[0]] if self.groups else 1,
+            top_groups=config[self.groups[1]] if self.groups else 1,
+            group_best=self.group_best,
         )
 
     def sizes(self, config: dict[str, Any]) -> dict[str, int]:

@@ -159,6 +159,9 @@ class Graph:
             normalise=experts.normalise,
             scale=experts.scale,
             bias=bias,
+            groups=experts.groups,
+            top_groups=experts.top_groups,
+            group_best=experts.group_best,
         )
         tape.gather(h, choice, rows)
         for group, source, outs in ((gate_up, rows, [gate, up]), (last, gate, [down])):

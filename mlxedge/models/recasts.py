@@ -69,13 +69,20 @@ class Reshape:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Rows become a stack of ``count(config)`` matrices of as many rows each; codes stay."""
+
+    count: Callable[[Config], int]
+
+
+@dataclass(frozen=True)
 class Each:
     """Steps of its own for each of several tensors."""
 
     steps: tuple[tuple[Step, ...], ...]
 
 
-Step = Join | Split | Transpose | Values | Reshape | Each
+Step = Join | Split | Transpose | Values | Reshape | Stack | Each
 
 
 @dataclass(frozen=True)

@@ -127,9 +127,12 @@ def both_styles(rope: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rope_objections(rope: Rope, runtime: str, arch: str, freq_factors: bool) -> list[str]:
+def rope_objections(
+    rope: Rope, runtime: str, arch: str, freq_factors: bool, yarn_told: bool = False
+) -> list[str]:
     """Why a runtime cannot be told these settings; ``freq_factors``: whether llama.cpp reads
-    frequency factors for ``arch``."""
+    frequency factors for ``arch``; ``yarn_told``: whether the runtime reads how much yarn scales
+    cosine and sine."""
     found = []
     if runtime == "gguf" and rope.type == "dynamic":
         found.append("llama.cpp has no dynamic rope scaling")
@@ -138,7 +141,8 @@ def rope_objections(rope: Rope, runtime: str, arch: str, freq_factors: bool) -> 
     if rope.type == "yarn" and not rope.truncate:
         found.append("the runtime cannot be told this yarn truncate: false")
     default = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
-    if rope.type == "yarn" and not math.isclose(rope.attention_factor, default, rel_tol=1e-6):
+    told = yarn_told or math.isclose(rope.attention_factor, default, rel_tol=1e-6)
+    if rope.type == "yarn" and not told:
         found.append("the runtime cannot be told this yarn attention_factor")
     return found
 

@@ -24,6 +24,7 @@ from mlxedge.models.recasts import (
     Recast,
     Reshape,
     Split,
+    Stack,
     Step,
     Transpose,
     Values,
@@ -339,6 +340,29 @@ def _shaped(tensor: SourceTensor, shape: Shape) -> SourceTensor:
     return replace(made, read_rows=read, read_scales=None)
 
 
+def _stack(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
+    assert isinstance(step, Stack)
+    count = step.count(config)
+    found = []
+    for tensor in tensors:
+        rows, cols = tensor.shape
+        if rows % count:
+            raise UnsupportedModelError(
+                f"{tensor.name} is {list(tensor.shape)}: its rows do not divide into {count}"
+            )
+        found.append(replace(tensor, shape=(count, rows // count, cols)))
+    return found
+
+
+def _unstack(
+    config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
+) -> list[SourceTensor]:
+    for tensor in tensors:
+        if len(tensor.shape) != 3:
+            raise UnsupportedModelError(f"{tensor.name} is {list(tensor.shape)}, not a stack")
+    return [replace(t, shape=(t.shape[0] * t.shape[1], t.shape[2])) for t in tensors]
+
+
 def _each(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
     assert isinstance(step, Each)
     made = []
@@ -377,6 +401,7 @@ _THERE: dict[type, Callable[[Config, Step, list[SourceTensor]], list[SourceTenso
     Transpose: _transpose,
     Values: _values,
     Reshape: _reshape,
+    Stack: _stack,
     Each: _each,
 }
 _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list[SourceTensor]]] = {
@@ -385,6 +410,7 @@ _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list
     Transpose: _transpose_back,
     Values: _values_back,
     Reshape: _shape_back,
+    Stack: _unstack,
     Each: _each_back,
 }
 

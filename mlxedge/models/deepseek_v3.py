@@ -1,0 +1,196 @@
+"""deepseek_v3: DeepSeek-V3, V3.1 and R1, Kimi K2, Moonlight; latent attention, experts in groups
+with scores by sigmoid and a correction of the choice, dense layers first.
+
+The layers that predict further tokens are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxedge import gguf_values as gv
+from mlxedge.errors import UnsupportedModelError
+from mlxedge.models import latent
+from mlxedge.models.dense import Dense, Get, Key
+from mlxedge.models.experts import Experts
+from mlxedge.models.names import names
+from mlxedge.models.rope import rope_settings
+from mlxedge.models.rope_files import both_styles
+from mlxedge.models.spec import PREDICTING, Config, Name
+from mlxedge.models.wiring import Wiring
+
+EXPERTS = Experts(
+    shared_width="shared_expert_intermediate_size",
+    score="sigmoid",
+    scale="routed_scaling_factor",
+    bias=True,
+    shared_gate=False,
+    plain_router=True,
+    groups=("n_group", "topk_group"),
+)
+WIRING = Wiring(neighbours=True)
+#: llama.cpp's numbers for how scores are made.
+SOFTMAX, SIGMOID = 1, 2
+_COUNTS = {"n_routed_experts": 1, "n_shared_experts": 1, "first_k_dense_replace": 0}
+#: The sizes that transformers takes where a config is silent.
+_SIZES = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+#: What all models of the family have.
+FIXED: dict[str, Any] = {"attention_bias": False, "moe_layer_freq": 1}
+KEYS = (
+    Key("n_shared_experts", "expert_shared_count", "u32", 1),
+    Key("first_k_dense_replace", "leading_dense_block_count", "u32", 0),
+    Key("routed_scaling_factor", "expert_weights_scale", default=1.0),
+    Key("n_group", "expert_group_count", "u32", 1),
+    Key("topk_group", "expert_group_used_count", "u32", 1),
+)
+
+
+def tensors(experts: Experts) -> tuple[Name, ...]:
+    shared = {
+        f"mlp.shared_expert.{part}_proj": f"mlp.shared_experts.{part}_proj"
+        for part in ("gate", "up", "down")
+    }
+    return latent.latent_names(names(WIRING, experts=experts, called=shared))
+
+
+def settle_experts(config: Config) -> Config:
+    """With the keys that mixtures of experts are read from."""
+    latent.check_sizes(config)
+    wrong = [
+        key
+        for key, least in _COUNTS.items()
+        if type(config.get(key)) is not int or not least <= config[key] < 1 << 24
+    ]
+    if wrong:
+        raise UnsupportedModelError(f"the config needs whole numbers for {', '.join(wrong)}")
+    if config.get("moe_layer_freq", 1) != 1:
+        raise UnsupportedModelError(
+            f"{config['model_type']} with moe_layer_freq is not supported: transformers ignores it"
+        )
+    dense = min(config["first_k_dense_replace"], config["num_hidden_layers"])
+    return config | {
+        "num_experts": config["n_routed_experts"],
+        "shared_expert_intermediate_size": (
+            (config.get("moe_intermediate_size") or 0) * config["n_shared_experts"]
+        ),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(dense)),
+        **{key: 0 for key in PREDICTING if key in config},
+    }
+
+
+def settle(config: Config) -> Config:
+    named = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    for key, only in named.items():
+        if config.get(key, only) != only:
+            raise UnsupportedModelError(
+                f"{config['model_type']} with {key} {str(config[key])[:40]!r} is not supported, "
+                f"{only!r} alone is"
+            )
+    return settle_experts(config) | named
+
+
+def check(config: Config, runtime: str) -> list[str]:
+    found = []
+    if not config.get("rope_interleave", True):
+        found.append("the runtimes rotate neighbouring dimensions alone (rope_interleave: false)")
+    if runtime == "gguf":
+        return found + gguf_objections(config)
+    if config["num_experts_per_tok"] == 1 and config["norm_topk_prob"]:
+        found.append("mlx-lm does not normalise the score of one expert (norm_topk_prob)")
+    return found
+
+
+def gguf_objections(config: Config) -> list[str]:
+    """What llama.cpp's deepseek2 has not."""
+    found = latent.yarn_objections(config)
+    if config.get("attention_bias"):
+        found.append("llama.cpp's deepseek2 has no attention biases")
+    if latent.is_lite(config) and config["q_lora_rank"] is not None:
+        found.append(
+            f"llama.cpp's deepseek2 of {config['num_hidden_layers']} layers has no latents of "
+            "queries (q_lora_rank)"
+        )
+    return found
+
+
+def metadata(config: Config) -> gv.Metadata:
+    return latent.deepseek2_metadata(config) | {
+        "expert_gating_func": gv.u32(SIGMOID),
+        "expert_weights_norm": gv.boolean(config["norm_topk_prob"]),
+    }
+
+
+def mlx(config: Config) -> Config:
+    return both_styles(latent.told(rope_settings(config)))
+
+
+def back(config: Config, get: Get) -> Config:
+    """``n_routed_experts`` is what transformers and mlx-lm call their number."""
+    config = latent.yarn_from_gguf(latent.sizes_from_gguf(config, get), get)
+    return config | {
+        "n_routed_experts": config["num_experts"],
+        "norm_topk_prob": bool(get("expert_weights_norm", False)),
+    }
+
+
+def of_v3(metadata: Any) -> bool:
+    return by_sigmoid(metadata) and not of_glm(metadata)
+
+
+def by_sigmoid(metadata: Any) -> bool:
+    found = metadata.get("deepseek2.expert_gating_func")
+    return found is not None and found.value == SIGMOID
+
+
+def of_glm(metadata: Any) -> bool:
+    """Whether a file is of GLM-4.7-Flash, which says so by its vocabulary alone."""
+    found = metadata.get("deepseek2.vocab_size")
+    return found is not None and found.value == GLM_VOCABULARY
+
+
+GLM_VOCABULARY = 154880
+
+DENSE = Dense(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    arch="deepseek2",
+    names=tensors(EXPERTS),
+    wiring=WIRING,
+    mixers=latent.everywhere,
+    widths=latent.widths,
+    recasts=(latent.SPLIT_GGUF, latent.SPLIT_MLX),
+    experts=EXPERTS,
+    fixed=FIXED,
+    defaults={
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "max_position_embeddings": 4096,
+    },
+    drops_predicting=True,
+    keys=KEYS,
+    yarn_told=("gguf", "mlx"),
+    gguf=metadata,
+    mlx=mlx,
+    tied={"mlx": False},
+    adopts=lambda config: latent.adopt(config, _SIZES),
+    settles=settle,
+    notes=lambda config, runtime: latent.epsilon_notes(config, ("gguf",), runtime),
+    reads=of_v3,
+    check=check,
+    back=back,
+)
+SPEC = DENSE.spec()

@@ -1,0 +1,110 @@
+"""Settings of random checkpoints with multi-head latent attention, as in ``architectures``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oracles.architectures import LINEAR, YARN
+
+#: With as many heads of keys as of queries, and sizes that differ wherever they may.
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 40,
+}
+_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
+#: What an architecture needs beside the sizes, or instead of them.
+OWN: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_LATENT, **_EXPERTS, "topk_method": "greedy"},
+    "deepseek_v3": {**_LATENT, **_EXPERTS, "n_group": 4, "topk_group": 2},
+}
+#: As DeepSeek-V2 and V3 have it: rotations are not scaled, scores are.
+_SCALED = {**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707}
+_ONE = {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 16.0}
+
+SAVED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"model_type": "deepseek_v2", "rope_parameters": _SCALED},
+    "deepseek_v2-queries-whole": {
+        "model_type": "deepseek_v2",
+        "num_hidden_layers": 3,
+        "q_lora_rank": None,
+        "first_k_dense_replace": 2,
+        "n_shared_experts": 1,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 3,
+        "rope_parameters": _ONE,
+    },
+    "deepseek_v3-queries-whole-no-groups": {
+        "model_type": "deepseek_v3",
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 0,
+        "rope_parameters": LINEAR,
+        "v_head_dim": 24,
+    },
+}
+
+#: Type and settings, and of the runtime that refuses the reason.
+PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "deepseek_v2-groups": (
+        {
+            "model_type": "deepseek_v2",
+            "n_routed_experts": 12,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "rope_parameters": _SCALED,
+        },
+        {"gguf": "groups of experts by their two best"},
+    ),
+    "deepseek_v2-biases": (
+        {
+            "model_type": "deepseek_v2",
+            "attention_bias": True,
+            "rope_parameters": {**_SCALED, "mscale": 1.0},
+        },
+        {"gguf": "mscale equal to mscale_all_dim; llama.cpp's deepseek2 has no attention biases"},
+    ),
+    "deepseek_v2-tied-linear": (
+        {
+            "model_type": "deepseek_v2",
+            "tie_word_embeddings": True,
+            "rope_parameters": LINEAR,
+        },
+        {"mlx": "mlx-lm's deepseek_v2 has no linear rope scaling; tied embeddings"},
+    ),
+    "deepseek_v3-biases-yarn": (
+        {"model_type": "deepseek_v3", "attention_bias": True, "rope_parameters": YARN},
+        {"gguf": "mscale equal to mscale_all_dim; llama.cpp's deepseek2 has no attention biases"},
+    ),
+    "deepseek_v3-halves-tied": (
+        {
+            "model_type": "deepseek_v3",
+            "rope_interleave": False,
+            "tie_word_embeddings": True,
+        },
+        {"gguf": "rope_interleave: false", "mlx": "rope_interleave: false"},
+    ),
+}
+
+#: What is not read at all: type and settings, and the reason.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "deepseek_v2-normalised": (
+        {"model_type": "deepseek_v2", "norm_topk_prob": True},
+        "deepseek_v2 with norm_topk_prob is not supported",
+    ),
+}
