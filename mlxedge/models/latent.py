@@ -216,11 +216,14 @@ def told(rope: Rope) -> dict[str, Any]:
 
 
 def yarn_objections(config: Config) -> list[str]:
-    """Where llama.cpp's deepseek2 would scale rotations: both of yarn's scales are one there."""
+    """Where llama.cpp's deepseek2 would scale scores otherwise: it takes all scaling for yarn with
+    both of its scales equal."""
     rope = rope_settings(config)
-    if rope.type != "yarn" or rope.factor <= 1:
+    if rope.type == "default" or rope.factor <= 1:
         return []
-    if rope.mscale_all_dim and abs(rope.attention_factor - 1) < 1e-6:
+    if rope.type == "linear":
+        return ["llama.cpp's deepseek2 has no linear rope scaling"]
+    if rope.type != "yarn" or (rope.mscale_all_dim and abs(rope.attention_factor - 1) < 1e-6):
         return []
     return ["llama.cpp's deepseek2 has yarn with mscale equal to mscale_all_dim"]
 

@@ -27,6 +27,9 @@ _EXPERTS: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_LATENT, **_EXPERTS, "topk_method": "greedy"},
     "deepseek_v3": {**_LATENT, **_EXPERTS, "n_group": 4, "topk_group": 2},
+    "glm4_moe_lite": {**_LATENT, **_EXPERTS},
+    # Values as wide as the hidden size has it, embeddings of their own: see PARTIAL.
+    "minicpm3": {**_LATENT, "v_head_dim": 32, "tie_word_embeddings": False},
 }
 #: As DeepSeek-V2 and V3 have it: rotations are not scaled, scores are.
 _SCALED = {**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707}
@@ -53,9 +56,23 @@ SAVED: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "norm_topk_prob": False,
         "first_k_dense_replace": 0,
-        "rope_parameters": LINEAR,
         "v_head_dim": 24,
     },
+}
+
+SAVED |= {
+    "glm4_moe_lite": {"model_type": "glm4_moe_lite", "num_hidden_layers": 3},
+    "glm4_moe_lite-dense-groups-yarn": {
+        "model_type": "glm4_moe_lite",
+        "num_hidden_layers": 4,
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "q_lora_rank": None,
+        "rope_parameters": _SCALED,
+    },
+    "minicpm3": {"model_type": "minicpm3", "num_hidden_layers": 3},
 }
 
 #: Type and settings, and of the runtime that refuses the reason.
@@ -79,13 +96,20 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         {"gguf": "mscale equal to mscale_all_dim; llama.cpp's deepseek2 has no attention biases"},
     ),
-    "deepseek_v2-tied-linear": (
+    "deepseek_v2-linear": (
+        {"model_type": "deepseek_v2", "rope_parameters": LINEAR},
         {
-            "model_type": "deepseek_v2",
-            "tie_word_embeddings": True,
-            "rope_parameters": LINEAR,
+            "gguf": "llama.cpp's deepseek2 has no linear rope scaling",
+            "mlx": "mlx-lm's deepseek_v2 has no linear rope scaling",
         },
-        {"mlx": "mlx-lm's deepseek_v2 has no linear rope scaling; tied embeddings"},
+    ),
+    "deepseek_v2-tied": (
+        {"model_type": "deepseek_v2", "tie_word_embeddings": True},
+        {"mlx": "tied embeddings"},
+    ),
+    "deepseek_v3-linear": (
+        {"model_type": "deepseek_v3", "rope_parameters": LINEAR},
+        {"gguf": "llama.cpp's deepseek2 has no linear rope scaling"},
     ),
     "deepseek_v3-biases-yarn": (
         {"model_type": "deepseek_v3", "attention_bias": True, "rope_parameters": YARN},
@@ -100,11 +124,52 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"gguf": "rope_interleave: false", "mlx": "rope_interleave: false"},
     ),
 }
+PARTIAL |= {
+    "glm4_moe_lite-tied-biases": (
+        {"model_type": "glm4_moe_lite", "attention_bias": True, "norm_topk_prob": False},
+        {"gguf": "llama.cpp's deepseek2 has no attention biases"},
+    ),
+    "glm4_moe_lite-tied": (
+        {"model_type": "glm4_moe_lite", "tie_word_embeddings": True},
+        {"mlx": "tied embeddings"},
+    ),
+    "minicpm3-tied-values": (
+        {
+            "model_type": "minicpm3",
+            "tie_word_embeddings": True,
+            "v_head_dim": 40,
+            "rope_parameters": LINEAR,
+        },
+        {"mlx": "heads of values .* no linear rope scaling; .* logits of tied embeddings"},
+    ),
+    "minicpm3-biases-scales": (
+        {
+            "model_type": "minicpm3",
+            "attention_bias": True,
+            "scale_emb": 3,
+            "scale_depth": None,
+            "dim_model_base": 64,
+        },
+        {"gguf": "scale_emb 12, scale_depth 1.4, dim_model_base 256; .* no attention biases"},
+    ),
+    "minicpm3-queries-whole": (
+        {"model_type": "minicpm3", "q_lora_rank": None, "rope_parameters": YARN},
+        {"gguf": "latents of queries", "mlx": "latents of queries"},
+    ),
+}
 
 #: What is not read at all: type and settings, and the reason.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v2-normalised": (
         {"model_type": "deepseek_v2", "norm_topk_prob": True},
         "deepseek_v2 with norm_topk_prob is not supported",
+    ),
+    "glm4_moe_lite-dense-between": (
+        {
+            "model_type": "glm4_moe_lite",
+            "num_hidden_layers": 3,
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+        },
+        "dense layers after those with experts",
     ),
 }
