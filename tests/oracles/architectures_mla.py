@@ -28,8 +28,8 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_LATENT, **_EXPERTS, "topk_method": "greedy"},
     "deepseek_v3": {**_LATENT, **_EXPERTS, "n_group": 4, "topk_group": 2},
     "glm4_moe_lite": {**_LATENT, **_EXPERTS},
-    # Values as wide as the hidden size has it, embeddings of their own: see PARTIAL.
-    "minicpm3": {**_LATENT, "v_head_dim": 32, "tie_word_embeddings": False},
+    # Values that the hidden size tells, and embeddings of their own: see PARTIAL.
+    "minicpm3": {**_LATENT, "v_head_dim": None, "tie_word_embeddings": False},
 }
 #: As DeepSeek-V2 and V3 have it: rotations are not scaled, scores are.
 _SCALED = {**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707}

@@ -14,7 +14,10 @@ import mlxedge
 from mlxedge.sources.gguf import read_gguf
 
 #: Matrices of other kinds than llama's, or in one.
-OTHERS = ("phi3", "gemma3_text", "glm4", "cohere-qk-norm", "starcoder2", "nemotron", "stablelm")
+OTHERS = (
+    *("phi3", "gemma3_text", "glm4", "cohere-qk-norm", "starcoder2", "nemotron", "stablelm"),
+    *("deepseek_v2-queries-whole", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
+)
 #: Number, as llama-quantize counts.
 RECIPES = {"q2_k": 10, "q3_k_m": 12, "q4_k_m": 15, "q5_k_m": 17, "iq4_xs": 30}
 
