@@ -73,6 +73,7 @@ SAVED |= {
         "rope_parameters": _SCALED,
     },
     "minicpm3": {"model_type": "minicpm3", "num_hidden_layers": 3},
+    "minicpm3-tied": {"model_type": "minicpm3", "hidden_size": 256, "tie_word_embeddings": True},
 }
 
 #: Type and settings, and of the runtime that refuses the reason.

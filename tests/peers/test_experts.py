@@ -23,7 +23,7 @@ from mlxedge.recipes.llama_cpp import file_type
 from mlxedge.sources import open_source
 from mlxedge.sources.gguf import read_gguf
 
-MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe")
+MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe", "deepseek_v3")
 OPS = load_reference()
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 64)]
 
@@ -32,7 +32,7 @@ TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 64)]
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "model"
     wide = {"moe_intermediate_size": 256} if request.param not in ("mixtral", "olmoe") else {}
-    if request.param == "glm4_moe":
+    if request.param in ("glm4_moe", "deepseek_v3"):
         wide |= {"first_k_dense_replace": 0}
     return write_checkpoint(
         folder, request.param, "bfloat16", hidden_size=256, intermediate_size=256, **wide

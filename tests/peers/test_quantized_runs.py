@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracles.checkpoints import SAVED, write_checkpoint
+from oracles.checkpoints import OWN, SAVED, write_checkpoint
 from oracles.llama_cpp import LlamaCpp
 from oracles.llama_quantize import types
 
@@ -18,6 +18,7 @@ OTHERS = (
     *("phi3", "gemma3_text", "glm4", "cohere-qk-norm", "starcoder2", "nemotron", "stablelm"),
     *("deepseek_v2-queries-whole", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
 )
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "moe_intermediate_size")
 #: Number, as llama-quantize counts.
 RECIPES = {"q2_k": 10, "q3_k_m": 12, "q4_k_m": 15, "q5_k_m": 17, "iq4_xs": 30}
 
@@ -46,6 +47,8 @@ def test_quantized_models_run(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in OTHERS if n in SAVED])
 def test_types_equal_llama_quantizes(name: str, tmp_path: Path) -> None:
     settings = SAVED[name] | {"hidden_size": 256, "intermediate_size": 256}
+    # Latents and heads of whole blocks, where there are some.
+    settings |= {key: 256 for key in LATENT if key in OWN.get(settings["model_type"], {})}
     layers = max(9, settings.get("num_hidden_layers", 0))
     folder = write_checkpoint(tmp_path / "source", **settings | {"num_hidden_layers": layers})
     source = tmp_path / "source-F32.gguf"

@@ -107,7 +107,9 @@ def test_equals_the_whole_model(name: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "granite", "phi3", "cohere2", "olmo2"])
+@pytest.mark.parametrize(
+    "name", ["gemma3_text", "granite", "phi3", "cohere2", "olmo2", "deepseek_v3", "minicpm3"]
+)
 def test_equals_the_whole_model_of_other_architectures(name: str, tmp_path: Path) -> None:
     with open_source(write_checkpoint(tmp_path / "saved", **SAVED[name])) as opened:
         checkpoint = prepare(opened)[1]
