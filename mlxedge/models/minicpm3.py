@@ -10,6 +10,7 @@ from mlxedge.errors import UnsupportedModelError
 from mlxedge.models import latent
 from mlxedge.models.dense import Dense, Get
 from mlxedge.models.names import names
+from mlxedge.models.recasts import Recast, Scale
 from mlxedge.models.rope import LONG, Rope, rope_settings
 from mlxedge.models.rope_files import both_styles, rope_values
 from mlxedge.models.spec import Config
@@ -87,8 +88,6 @@ def _mlx_lm(config: Config) -> list[str]:
         found.append("mlx-lm's minicpm3 has heads of values that add up to the hidden size")
     if (kind := rope_settings(config).type) not in ("default", LONG):
         found.append(f"mlx-lm's minicpm3 has no {kind} rope scaling")
-    if config["tie_word_embeddings"] and config["dim_model_base"] != hidden:
-        found.append("mlx-lm's minicpm3 does not scale the logits of tied embeddings")
     return found
 
 
@@ -105,7 +104,7 @@ def _metadata(config: Config) -> gv.Metadata:
 
 def _mlx(config: Config) -> Config:
     """mlx-lm has factors for each frequency only, which are all one where there is no scaling."""
-    rope = rope_settings(config)
+    rope, hidden = rope_settings(config), config["hidden_size"]
     if rope.type == "default":
         ones = (1.0,) * (config["qk_rope_head_dim"] // 2)
         longest = config.get("max_position_embeddings") or 2048
@@ -116,7 +115,16 @@ def _mlx(config: Config) -> Config:
             short_factor=ones,
             long_factor=ones,
         )
-    return both_styles(rope_values(rope))
+    told = both_styles(rope_values(rope))
+    # Logits of tied embeddings are not scaled there: the last norm is instead.
+    return told | ({"dim_model_base": hidden} if config["tie_word_embeddings"] else {})
+
+
+def _last_norm(config: Config) -> float:
+    return _factors(config).logits if config["tie_word_embeddings"] else 1.0
+
+
+_NORM = ("model.norm.weight",)
 
 
 def _back(config: Config, get: Get) -> Config:
@@ -141,6 +149,7 @@ SPEC = Dense(
     factors=_factors,
     fixed={"attention_bias": False},
     defaults={"rms_norm_eps": 1e-5},
+    recasts=(Recast("mlx", _NORM, _NORM, (Scale(_last_norm),)),),
     longrope=True,
     gguf=_metadata,
     mlx=_mlx,

@@ -61,6 +61,13 @@ class Values:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Values times ``factor(config)``, which is never 0, computed in f32 and kept as f32."""
+
+    factor: Callable[[Config], float]
+
+
+@dataclass(frozen=True)
 class Reshape:
     """The same elements in another shape, which ``there`` makes of ours; of small tensors, which
     are read whole. The way back leads to the shape that the architecture expects."""
@@ -82,7 +89,7 @@ class Each:
     steps: tuple[tuple[Step, ...], ...]
 
 
-Step = Join | Split | Transpose | Values | Reshape | Stack | Each
+Step = Join | Split | Transpose | Values | Scale | Reshape | Stack | Each
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,11 @@ def plan_gguf(
     shapes = [(names[n][0], _dims(t.shape)) for n, t in sources.items()]
     notes = overrides.unmatched("gguf", [n for n, dims in shapes if llama_cpp.is_open(n, dims)])
     choices = llama_cpp.choose(
-        target.recipe, shapes, _shape(spec, config, written), has_imatrix=imatrix, overrides=overrides
+        target.recipe,
+        shapes,
+        _shape(spec, config, written),
+        has_imatrix=imatrix,
+        overrides=overrides,
     )
     llama_cpp.check_importance(
         target.recipe,

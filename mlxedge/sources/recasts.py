@@ -23,6 +23,7 @@ from mlxedge.models.recasts import (
     Join,
     Recast,
     Reshape,
+    Scale,
     Split,
     Stack,
     Step,
@@ -304,6 +305,20 @@ def _values_back(
     return [_mapped(step.back, tensor) for tensor in tensors]
 
 
+def _scale(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
+    assert isinstance(step, Scale)
+    factor = np.float32(step.factor(config))
+    return [_mapped(lambda x: x * factor, tensor) for tensor in tensors]
+
+
+def _scale_back(
+    config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
+) -> list[SourceTensor]:
+    assert isinstance(step, Scale)
+    factor = np.float32(step.factor(config))
+    return [_mapped(lambda x: x / factor, tensor) for tensor in tensors]
+
+
 def _mapped(change: Callable[[np.ndarray], np.ndarray], tensor: SourceTensor) -> SourceTensor:
     source = _decoded(tensor)
 
@@ -400,6 +415,7 @@ _THERE: dict[type, Callable[[Config, Step, list[SourceTensor]], list[SourceTenso
     Split: _split,
     Transpose: _transpose,
     Values: _values,
+    Scale: _scale,
     Reshape: _reshape,
     Stack: _stack,
     Each: _each,
@@ -409,6 +425,7 @@ _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list
     Split: _unsplit,
     Transpose: _transpose_back,
     Values: _values_back,
+    Scale: _scale_back,
     Reshape: _shape_back,
     Stack: _unstack,
     Each: _each_back,

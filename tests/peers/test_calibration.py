@@ -45,7 +45,7 @@ OTHERS = (
     "cohere2",
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
-    "minicpm3-tied",
+    "minicpm3-unscaled",
 )
 
 
