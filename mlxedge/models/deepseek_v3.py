@@ -164,7 +164,6 @@ DENSE = Dense(
     names=tensors(EXPERTS),
     wiring=WIRING,
     mixers=latent.everywhere,
-    widths=latent.widths,
     recasts=(latent.SPLIT_GGUF, latent.SPLIT_MLX),
     experts=EXPERTS,
     fixed=FIXED,

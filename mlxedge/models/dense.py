@@ -72,7 +72,6 @@ class Dense:
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
     - ``yarn_told``: the runtimes that can be told yarn's attention factor.
-    - ``widths``: see ``ModelSpec``.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``recasts``: see ``ModelSpec``.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
@@ -102,7 +101,6 @@ class Dense:
     period: int = 0
     longrope: bool = False
     yarn_told: Container[str] = ()
-    widths: Callable[[Config], Mapping[str, int]] = lambda config: {}
     notes: Callable[[Config, str], list[str]] = lambda config, runtime: []
     tied: Mapping[str, bool] = field(default_factory=dict)
     adopts: Callable[[Config], Config] = lambda config: config
@@ -131,7 +129,6 @@ class Dense:
             ropes=self.ropes,
             mixers=self.mixers,
             factors=self.factors,
-            widths=self.widths,
             wiring=self.wiring,
             epsilon=self.epsilon,
             adopt=self.adopt,

@@ -103,13 +103,13 @@ class Experts:
     def _check_groups(self, config: dict[str, Any]) -> None:
         if self.groups is None:
             return
-        groups, top = (config.get(key) for key in self.groups)
+        given = [config.get(key) for key in self.groups]
         count, used = config["num_experts"], config["num_experts_per_tok"]
-        known = type(groups) is int and type(top) is int and 0 < top <= groups
-        if not known or count % groups or count // groups * top < used:
+        groups, top = (size if type(size) is int else 0 for size in given)
+        if not 0 < top <= groups or count % groups or count // groups * top < used:
             raise UnsupportedModelError(
-                f"{used} of {count} experts cannot be chosen from {str(top)[:40]} of "
-                f"{str(groups)[:40]} groups ({', '.join(self.groups)})"
+                f"{used} of {count} experts cannot be chosen from {str(given[1])[:40]} of "
+                f"{str(given[0])[:40]} groups ({', '.join(self.groups)})"
             )
         if groups > 1 and count // groups < self.group_best:
             raise UnsupportedModelError(

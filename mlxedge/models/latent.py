@@ -28,8 +28,8 @@ _MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 
 
 def latent_names(others: Sequence[Name], *, biases: bool = True) -> tuple[Name, ...]:
-    """The tensors of a decoder with latent attention instead of q, k and v. ``biases``: of what
-    sees or feeds the stream, as ``attention_bias`` says."""
+    """The tensors of a decoder with latent attention instead of q, k and v, in the words of
+    ``mixers.mla``. ``biases``: of what sees or feeds the stream, as ``attention_bias`` says."""
     rows = [
         ("q_proj", "attn_q", "query", "hidden", _whole),
         ("q_a_proj", "attn_q_a", "query_rank", "hidden", _ranked),
@@ -82,20 +82,6 @@ def _biased_query(config: Config) -> bool:
 def everywhere(config: Config) -> tuple[str, ...]:
     """The mixer of each layer."""
     return ("mla",) * int(config["num_hidden_layers"])
-
-
-def widths(config: Config) -> dict[str, int]:
-    """What the words of ``latent_names`` stand for."""
-    heads, latent = config["num_attention_heads"], config["kv_lora_rank"]
-    plain, turned, value = (config[key] for key in _SIZES[1:])
-    return {
-        "query": heads * (plain + turned),
-        "query_rank": config["q_lora_rank"] or 0,
-        "latent": latent,
-        "latent_rotary": latent + turned,
-        "keys_values": heads * (plain + value),
-        "mixed": heads * value,
-    }
 
 
 def split(world: World, keys: str, values: str) -> Recast:

@@ -28,12 +28,12 @@ _SCALES = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}
 
 def _adopt(config: Config) -> Config:
     """A null stands for no scaling, where there can be none."""
-    config = _SIZES | _SCALES | config
+    config = {"v_head_dim": None, **_SIZES, **_SCALES, **config}
     heads, hidden, layers = (
-        config.get(key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+        size if type(size) is int else 0
+        for size in map(config.get, ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     )
-    if all(type(size) is int and size > 0 for size in (heads, hidden, layers)):
-        config = {"v_head_dim": None} | config
+    if min(heads, hidden, layers) > 0:
         config["v_head_dim"] = config["v_head_dim"] or hidden // heads
         if config["scale_depth"] is None:
             config["scale_depth"] = math.sqrt(layers)
@@ -145,7 +145,6 @@ SPEC = Dense(
     arch="minicpm3",
     names=latent.latent_names(names()),
     mixers=latent.everywhere,
-    widths=latent.widths,
     factors=_factors,
     fixed={"attention_bias": False},
     defaults={"rms_norm_eps": 1e-5},

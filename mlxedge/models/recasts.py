@@ -123,6 +123,16 @@ class Recast:
         """Whether what is made multiplies the same input."""
         return all(isinstance(step, (Join, Split)) for step in self.steps)
 
+    def keeps(self, number: int) -> bool:
+        """Whether the ``number``-th that is made multiplies the input of the first canonical one,
+        as rows that have only moved do."""
+        if self.keeps_columns:
+            return True
+        steps: list[Step] = []
+        for step in self.steps:
+            steps += step.steps[number] if isinstance(step, Each) else [step]
+        return all(isinstance(step, (Join, Split, Stack)) for step in steps)
+
     def at(self, layer: str, side: Sequence[str]) -> list[str]:
         return [name.replace("{i}", layer) for name in side]
 

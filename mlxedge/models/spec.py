@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.gguf_values import GgufValue, Metadata
 from mlxedge.models.experts import ROUTER, SHARED_GATE, Experts
+from mlxedge.models.mixers import load_mixer
 from mlxedge.models.recasts import Recast, World
 from mlxedge.models.rope import Rope
 from mlxedge.models.wiring import PRE_NORM, Factors, Wiring
@@ -76,7 +77,6 @@ class ModelSpec:
     - ``ropes(config)``: the rotary embedding of each layer, ``None`` for none.
     - ``mixers(config)``: what mixes positions in each layer (``mlxedge.models.mixers``).
     - ``factors(config)``: what scales and caps activations.
-    - ``widths(config)``: what further words in the shapes of ``names`` stand for.
     - ``adopt(config)``: a config as it is found, under the keys that are read here, with the
       defaults that transformers has for this architecture.
     - ``settle(config)``: the config with the architecture's own keys spelled out, or
@@ -101,7 +101,6 @@ class ModelSpec:
     ropes: Callable[[Config], tuple[Rope | None, ...]]
     mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
     factors: Callable[[Config], Factors] = lambda config: Factors()
-    widths: Callable[[Config], Mapping[str, int]] = lambda config: {}
     wiring: Wiring = PRE_NORM
     #: The config key of the norms' epsilon.
     epsilon: str = "rms_norm_eps"
@@ -263,7 +262,8 @@ class ModelSpec:
             "kv": head * config["num_key_value_heads"],
             "qkv": head * (config["num_attention_heads"] + 2 * config["num_key_value_heads"]),
         }
-        found |= self.widths(config)
+        for mixer in dict.fromkeys(self.mixers(config)):
+            found |= load_mixer(mixer).sizes(config)
         return found | (self.experts.sizes(config) if self.experts else {})
 
     def check_tensors(

@@ -77,8 +77,9 @@ def to_world(
         made = [tensors[n] for n in names]
         for step in recast.steps:
             made = _THERE[type(step)](config, step, made)
-        for own, one in zip(recast.at(layer, recast.other), made, strict=True):
-            like = names[0] if recast.keeps_columns else None
+        others = recast.at(layer, recast.other)
+        for number, (own, one) in enumerate(zip(others, made, strict=True)):
+            like = names[0] if recast.keeps(number) else None
             found[f"{world}:{own}"] = replace(one, name=own, like=like)
     return found
 

@@ -56,6 +56,20 @@ def settings(config: Mapping[str, Any]) -> Latent:
     )
 
 
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    heads, latent = config["num_attention_heads"], config["kv_lora_rank"]
+    plain, turned = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    value = config["v_head_dim"]
+    return {
+        "query": heads * (plain + turned),
+        "query_rank": config["q_lora_rank"] or 0,
+        "latent": latent,
+        "latent_rotary": latent + turned,
+        "keys_values": heads * (plain + value),
+        "mixed": heads * value,
+    }
+
+
 def groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
     if shape.mixing["mla"].q_rank is None:
         return [(_QUERY, _DOWN), (_UP,), (_OUT,)]
