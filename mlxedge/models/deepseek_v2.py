@@ -23,13 +23,6 @@ EXPERTS = Experts(
     groups=("n_group", "topk_group"),
     group_best=1,
 )
-_SIZES = {
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
 _GREEDY, _GROUPS = "greedy", "group_limited_greedy"
 
 
@@ -111,11 +104,9 @@ SPEC = replace(
     drops_predicting=False,
     gguf=_metadata,
     mlx=_mlx,
-    adopts=lambda config: latent.adopt(config, _SIZES),
+    adopts=lambda config: latent.adopt(config, deepseek_v3.SIZES),
     settles=_settle,
-    reads=lambda metadata: (
-        not deepseek_v3.by_sigmoid(metadata) and not deepseek_v3.of_glm(metadata)
-    ),
+    reads=deepseek_v3.of_type("deepseek_v2"),
     check=_check,
     back=_back,
 ).spec()

@@ -6,6 +6,7 @@ The layers that predict further tokens are left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlxedge import gguf_values as gv
@@ -33,7 +34,7 @@ WIRING = Wiring(neighbours=True)
 SOFTMAX, SIGMOID = 1, 2
 _COUNTS = {"n_routed_experts": 1, "n_shared_experts": 1, "first_k_dense_replace": 0}
 #: The sizes that transformers takes where a config is silent.
-_SIZES = {
+SIZES = {
     "q_lora_rank": 1536,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
@@ -121,10 +122,14 @@ def gguf_objections(config: Config) -> list[str]:
 
 
 def metadata(config: Config) -> gv.Metadata:
-    return latent.deepseek2_metadata(config) | {
+    """llama.cpp takes groups of which some are left out, or none."""
+    values = latent.deepseek2_metadata(config) | {
         "expert_gating_func": gv.u32(SIGMOID),
         "expert_weights_norm": gv.boolean(config["norm_topk_prob"]),
     }
+    if config["n_group"] == config["topk_group"]:
+        values |= {"expert_group_count": gv.u32(1), "expert_group_used_count": gv.u32(1)}
+    return values
 
 
 def mlx(config: Config) -> Config:
@@ -140,22 +145,24 @@ def back(config: Config, get: Get) -> Config:
     }
 
 
-def of_v3(metadata: Any) -> bool:
-    return by_sigmoid(metadata) and not of_glm(metadata)
+#: Of GLM-4.7-Flash, whose files have nothing else that tells.
+_GLM_VOCABULARY = 154880
 
 
-def by_sigmoid(metadata: Any) -> bool:
-    found = metadata.get("deepseek2.expert_gating_func")
-    return found is not None and found.value == SIGMOID
+def of_type(model_type: str) -> Callable[[Mapping[str, gv.GgufValue]], bool]:
+    """Whether a file of deepseek2 that has experts is of this type."""
 
+    def reads(metadata: Mapping[str, gv.GgufValue]) -> bool:
+        count, vocab, scores = (
+            found.value if (found := metadata.get(f"deepseek2.{key}")) else None
+            for key in ("expert_count", "vocab_size", "expert_gating_func")
+        )
+        by_score = "deepseek_v3" if scores == SIGMOID else "deepseek_v2"
+        own = "glm4_moe_lite" if vocab == _GLM_VOCABULARY else by_score
+        return bool(count) and own == model_type
 
-def of_glm(metadata: Any) -> bool:
-    """Whether a file is of GLM-4.7-Flash, which says so by its vocabulary alone."""
-    found = metadata.get("deepseek2.vocab_size")
-    return found is not None and found.value == GLM_VOCABULARY
+    return reads
 
-
-GLM_VOCABULARY = 154880
 
 DENSE = Dense(
     model_type="deepseek_v3",
@@ -185,10 +192,10 @@ DENSE = Dense(
     gguf=metadata,
     mlx=mlx,
     tied={"mlx": False},
-    adopts=lambda config: latent.adopt(config, _SIZES),
+    adopts=lambda config: latent.adopt(config, SIZES),
     settles=settle,
     notes=lambda config, runtime: latent.epsilon_notes(config, ("gguf",), runtime),
-    reads=of_v3,
+    reads=of_type("deepseek_v3"),
     check=check,
     back=back,
 )

@@ -74,6 +74,6 @@ SPEC = replace(
     adopts=_adopt,
     settles=_settle,
     notes=lambda config, runtime: latent.epsilon_notes(config, ("gguf", "mlx"), runtime),
-    reads=deepseek_v3.of_glm,
+    reads=deepseek_v3.of_type("glm4_moe_lite"),
     back=_back,
 ).spec()

@@ -29,6 +29,11 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_LATENT, **_EXPERTS, "n_group": 4, "topk_group": 2},
     "glm4_moe_lite": {**_LATENT, **_EXPERTS},
     "minicpm3": {**_LATENT, "v_head_dim": None},
+    # Its embeddings are tied, but transformers empties the row of a token for padding as it loads.
+    "youtu": {**_LATENT, "tie_word_embeddings": False},
+    # As configs on the Hub call them.
+    "kimi_k2": {**_LATENT, **_EXPERTS, "n_group": 1, "topk_group": 1},
+    "youtu_llm": {**_LATENT, "tie_word_embeddings": False},
 }
 #: As DeepSeek-V2 and V3 have it: rotations are not scaled, scores are.
 _SCALED = {**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707}
@@ -71,6 +76,8 @@ SAVED |= {
         "q_lora_rank": None,
         "rope_parameters": _SCALED,
     },
+    "youtu": {"model_type": "youtu"},
+    "youtu-queries-whole": {"model_type": "youtu", "q_lora_rank": None},
     "minicpm3": {"model_type": "minicpm3", "num_hidden_layers": 3},
     "minicpm3-untied": {"model_type": "minicpm3", "tie_word_embeddings": False},
     "minicpm3-unscaled": {"model_type": "minicpm3", "hidden_size": 256},
@@ -126,6 +133,18 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 PARTIAL |= {
+    "youtu-yarn": (
+        {"model_type": "youtu", "rope_parameters": _SCALED},
+        {"mlx": "mlx-lm's youtu does not scale scores"},
+    ),
+    "youtu-biases-linear": (
+        {"model_type": "youtu", "attention_bias": True, "rope_parameters": LINEAR},
+        {"gguf": "no linear rope scaling; llama.cpp's deepseek2 has no attention biases"},
+    ),
+    "deepseek_v3-all-groups": (
+        {"model_type": "deepseek_v3", "topk_group": 4, "num_experts_per_tok": 1},
+        {"mlx": "does not normalise the score of one expert"},
+    ),
     "glm4_moe_lite-tied-biases": (
         {"model_type": "glm4_moe_lite", "attention_bias": True, "norm_topk_prob": False},
         {"gguf": "llama.cpp's deepseek2 has no attention biases"},

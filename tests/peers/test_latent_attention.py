@@ -219,3 +219,15 @@ def test_longrope_of_minicpm3(original: int, tmp_path: Path) -> None:
     else:
         assert agree(our_logits(folder), truth)
         assert agree(our_logits(tmp_path / "source-F32.gguf"), truth)
+
+
+def test_tied_embeddings_of_youtu(tmp_path: Path) -> None:
+    """Without a token for padding, whose row transformers would empty."""
+    folder = write_checkpoint(
+        tmp_path / "source", "youtu", tie_word_embeddings=True, pad_token_id=None
+    )
+    truth = true_logits(folder)
+    mlxedge.convert(folder, ["gguf:f32", "mlx:f32"], tmp_path)
+    assert agree(our_logits(folder), truth)
+    assert agree(llama_cpp_logits(tmp_path / "source-F32.gguf"), truth)
+    assert agree(mlx_lm_logits(tmp_path / "source-mlx-f32"), truth)
