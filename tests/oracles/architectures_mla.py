@@ -78,6 +78,8 @@ SAVED |= {
     },
     "youtu": {"model_type": "youtu"},
     "youtu-queries-whole": {"model_type": "youtu", "q_lora_rank": None},
+    "kimi_k2": {"model_type": "kimi_k2", "rope_parameters": _ONE},
+    "youtu_llm": {"model_type": "youtu_llm"},
     "minicpm3": {"model_type": "minicpm3", "num_hidden_layers": 3},
     "minicpm3-untied": {"model_type": "minicpm3", "tie_word_embeddings": False},
     "minicpm3-unscaled": {"model_type": "minicpm3", "hidden_size": 256},

@@ -26,6 +26,7 @@ from oracles.checkpoints import (
     write_checkpoint,
 )
 from oracles.llama_cpp import LlamaCpp
+from oracles.stand_ins import load_config
 from oracles.tiny import write_tiny_llama
 
 import mlxedge
@@ -76,7 +77,7 @@ def transformers_logits(folder: Path) -> np.ndarray:
 
     # Other implementations of attention leave the caps of its scores out.
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, config=load_config(folder), dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
         logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].float().numpy()

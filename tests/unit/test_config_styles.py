@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from oracles.checkpoints import OWN, SAVED, SIZES
+from oracles.stand_ins import config_of, hub_config
 
 from mlxedge.models import normalise, spec_for
 from mlxedge.models.shape import Shape, shape_of
@@ -14,12 +15,11 @@ from mlxedge.models.shape import Shape, shape_of
 
 def saved_config(**settings: Any) -> dict[str, Any]:
     """Without weights."""
-    from transformers import AutoConfig
-
     model_type = settings.pop("model_type")
-    made = AutoConfig.for_model(model_type, **SIZES | OWN.get(model_type, {}) | settings)
-    config: dict[str, Any] = made.to_dict() | {"model_type": model_type}
-    return config
+    settings = SIZES | OWN.get(model_type, {}) | settings
+    made = config_of(model_type, **settings)
+    config = made.to_dict() | {"model_type": model_type}
+    return hub_config(model_type, settings, config)
 
 
 def of_old(config: dict[str, Any]) -> dict[str, Any]:
