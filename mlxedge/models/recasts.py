@@ -133,6 +133,12 @@ class Recast:
             steps += step.steps[number] if isinstance(step, Each) else [step]
         return all(isinstance(step, (Join, Split, Stack)) for step in steps)
 
+    def matrices(self, number: int, config: Config) -> int:
+        """How many matrices the ``number``-th that is made stacks, which were one."""
+        own = (s for step in self.steps if isinstance(step, Each) for s in step.steps[number])
+        steps = (*(step for step in self.steps if isinstance(step, Stack)), *own)
+        return next((step.count(config) for step in steps if isinstance(step, Stack)), 1)
+
     def at(self, layer: str, side: Sequence[str]) -> list[str]:
         return [name.replace("{i}", layer) for name in side]
 

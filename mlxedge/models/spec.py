@@ -162,7 +162,9 @@ class ModelSpec:
         """The canonical matrices that have the input of a GGUF matrix; none if it is unknown."""
         if (found := self._recast("gguf", gguf_name)) is not None:
             recast, layer = found
-            return tuple(recast.at(layer, recast.canonical)) if recast.keeps_columns else ()
+            number = recast.at(layer, recast.other).index(gguf_name)
+            names = recast.at(layer, recast.canonical)
+            return tuple(names) if recast.keeps(number) else ()
         mapped = self.from_gguf(gguf_name)
         return () if mapped is None else (mapped[0],)
 
@@ -171,9 +173,17 @@ class ModelSpec:
         for recast in self.recasts:
             layer = recast.layer_of(hf_name, recast.canonical) if recast.world == "gguf" else None
             if layer is not None:
-                return tuple(recast.at(layer, recast.other)) if recast.keeps_columns else ()
+                others = recast.at(layer, recast.other)
+                return tuple(own for n, own in enumerate(others) if recast.keeps(n))
         mapped = self.to_gguf(hf_name)
         return () if mapped is None else (mapped[0],)
+
+    def stacked_in_gguf(self, gguf_name: str, config: Config) -> int:
+        """How many matrices a GGUF tensor stacks that are one in the canonical one."""
+        if (found := self._recast("gguf", gguf_name)) is None:
+            return 1
+        recast, layer = found
+        return recast.matrices(recast.at(layer, recast.other).index(gguf_name), config)
 
     def offset(self, hf_name: str) -> float:
         """What GGUF adds to the values of a Hugging Face tensor."""

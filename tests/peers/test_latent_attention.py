@@ -5,18 +5,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracles.checkpoints import write_checkpoint
 from oracles.llama_cpp import LlamaCpp
+from oracles.llama_quantize import Options, quantize
 from safetensors.torch import load_file, save_file
 
 import mlxedge
 from mlxedge import gguf_values as gv
+from mlxedge.calibration.run import calibrate_to_file
 from mlxedge.encodings import F32, Encoding
 from mlxedge.outputs.gguf_file import header_bytes
+from mlxedge.recipes.llama_cpp import file_type
+from mlxedge.sources import open_source
 from mlxedge.sources.gguf import read_gguf
 
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 96)]
@@ -134,6 +139,52 @@ def test_deepseek_v3_in_blocks_of_fp8(tmp_path: Path) -> None:
     assert agree(mlx_lm_logits(tmp_path / "source-mlx-f32"), truth)
 
 
+def in_four_bits(weight: torch.Tensor, group: int = 32) -> tuple[dict[str, torch.Tensor], Any]:
+    """A matrix as compressed-tensors packs integers of groups around zero, and what they are."""
+    rows, cols = weight.shape
+    groups = weight.reshape(rows, -1, group)
+    scales = (groups.abs().amax(-1) / 7.0).to(torch.bfloat16)
+    codes = (groups / scales.float()[..., None]).round().clamp(-8, 7)
+    nibbles = (codes.reshape(rows, -1, 8) + 8).long()
+    words = (nibbles << (4 * torch.arange(8))).sum(-1)
+    packed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    stored = {
+        "weight_packed": packed,
+        "weight_scale": scales,
+        "weight_shape": torch.tensor([rows, cols]),
+    }
+    return stored, (codes * scales.float()[..., None]).reshape(rows, cols)
+
+
+def test_the_language_model_of_kimi_k2_with_experts_in_integers(tmp_path: Path) -> None:
+    """As Kimi K2.5 is published: in a model that sees as well, whose language model's own config
+    says how its experts are quantized."""
+    made = write_checkpoint(tmp_path / "made", "kimi_k2", rope_parameters=YARN)
+    stored: dict[str, torch.Tensor] = {"vision_tower.patch_embed.weight": torch.ones(4, 4)}
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(made / "model.safetensors").items():
+        if ".experts." not in name:
+            stored[f"language_model.{name}"] = whole[name] = tensor
+            continue
+        parts, whole[name] = in_four_bits(tensor)
+        stem = f"language_model.{name.removesuffix('weight')}"
+        stored |= {f"{stem}{part}": values for part, values in parts.items()}
+    config = json.loads((made / "config.json").read_text("utf-8"))
+    weights = {"type": "int", "num_bits": 4, "group_size": 32, "strategy": "group"}
+    config["quantization_config"] = {
+        **{"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights | {"symmetric": True}}
+        },
+    }
+    folder = copy(made, tmp_path / "source", stored, model_type="kimi_k25", text_config=config)
+    truth = true_logits(copy(made, tmp_path / "whole", whole, model_type="deepseek_v3"))
+    assert agree(our_logits(folder), truth)
+    mlxedge.convert(folder, ["gguf:f32", "mlx:f32"], tmp_path)
+    assert agree(llama_cpp_logits(tmp_path / "source-F32.gguf"), truth)
+    assert agree(mlx_lm_logits(tmp_path / "source-mlx-f32"), truth)
+
+
 def older(path: Path, source: Path, heads: int) -> Path:
     """A GGUF file as converters wrote it before latents were cached: ``kv_b_proj`` in one, and the
     sizes of heads that are not shared."""
@@ -192,6 +243,61 @@ def test_mlx_folders_of_older_versions(tmp_path: Path) -> None:
     truth = true_logits(folder)
     assert agree(mlx_lm_logits(tmp_path / "mlx"), truth)
     assert agree(our_logits(tmp_path / "mlx"), truth)
+
+
+def importances(path: Path) -> dict[str, np.ndarray]:
+    """What llama-quantize makes of an imatrix file: means of squares, by GGUF name."""
+    file, raw = read_gguf(path), path.read_bytes()
+    values = {
+        t.name: np.frombuffer(raw[t.offset : t.offset + t.nbytes], "<f4") for t in file.tensors
+    }
+    found = {}
+    for name, sums in values.items():
+        if name.endswith(".in_sum2"):
+            counts = values[name.replace(".in_sum2", ".counts")]
+            found[name.removesuffix(".in_sum2")] = sums.reshape(len(counts), -1) / counts[:, None]
+    return found
+
+
+def encoded(path: Path) -> dict[str, bytes]:
+    raw = path.read_bytes()
+    return {t.name: raw[t.offset : t.offset + t.nbytes] for t in read_gguf(path).tensors}
+
+
+def test_an_imatrix_serves_llama_quantize_and_ours_alike(tmp_path: Path) -> None:
+    """The values of every head have the importance of the latents, in files as llama-imatrix writes
+    them too, which counts the tokens of all heads once; the keys have none."""
+    folder = write_checkpoint(
+        tmp_path / "source", "deepseek_v2", hidden_size=256, intermediate_size=256,
+        moe_intermediate_size=256, q_lora_rank=256, kv_lora_rank=256, qk_nope_head_dim=32,
+    )  # fmt: skip
+    mlxedge.convert(folder, "gguf:f32", tmp_path)
+    source, imatrix = tmp_path / "source-F32.gguf", tmp_path / "i.gguf"
+    with open_source(source) as opened:
+        calibrate_to_file(opened, imatrix, tokens=512)
+    known = importances(imatrix)
+    assert known["blk.0.attn_v_b.weight"].shape == (4, 256)
+    quantize(source, tmp_path / "theirs.gguf", file_type("iq2_xs"), options=Options(imatrix=known))
+    mlxedge.convert(
+        source, "gguf:iq2_xs", tmp_path / "ours.gguf", calibrate=imatrix, quality="reference"
+    )
+    assert encoded(tmp_path / "ours.gguf") == encoded(tmp_path / "theirs.gguf")
+    assert not any(name.endswith("attn_k_b.weight") for name in known)
+
+    counted_once = tmp_path / "once.gguf"
+    file, raw = read_gguf(imatrix), imatrix.read_bytes()
+    infos, data = [], b""
+    for tensor in file.tensors:
+        values = raw[tensor.offset : tensor.offset + tensor.nbytes]
+        once = tensor.name.endswith("attn_v_b.weight.counts")
+        infos.append((tensor.name, (1, 1) if once else tensor.shape, F32, len(data)))
+        data += (values[:4] if once else values) + bytes(-len(values[:4] if once else values) % 32)
+    counted_once.write_bytes(header_bytes(file.metadata, infos) + data)
+    mlxedge.convert(
+        source, "gguf:iq2_xs", tmp_path / "once-made.gguf", calibrate=counted_once,
+        quality="reference",
+    )  # fmt: skip
+    assert encoded(tmp_path / "once-made.gguf") == encoded(tmp_path / "ours.gguf")
 
 
 @pytest.mark.parametrize("original", [64, 512])
