@@ -129,6 +129,10 @@ def check_sizes(config: Config) -> None:
     if wrong:
         given = ", ".join(f"{key} ({str(config.get(key, 'absent'))[:40]!r})" for key in wrong)
         raise UnsupportedModelError(f"the config needs positive whole numbers for {given}")
+    if rope_settings(config).fraction != 1.0:
+        raise UnsupportedModelError(
+            "latent attention rotates all of qk_rope_head_dim: partial_rotary_factor must be 1"
+        )
     heads = config["num_attention_heads"]
     if config["num_key_value_heads"] != heads:
         raise UnsupportedModelError(

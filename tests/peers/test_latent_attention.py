@@ -35,12 +35,12 @@ YARN = {
 }
 
 
-def true_logits(folder: Path) -> np.ndarray:
+def true_logits(folder: Path, tokens: list[int] = TOKENS) -> np.ndarray:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].float().numpy()
+        logits: np.ndarray = model(torch.tensor([tokens])).logits[0].float().numpy()
     return logits
 
 
@@ -325,6 +325,25 @@ def test_longrope_of_minicpm3(original: int, tmp_path: Path) -> None:
     else:
         assert agree(our_logits(folder), truth)
         assert agree(our_logits(tmp_path / "source-F32.gguf"), truth)
+
+
+def test_pieces_of_any_length(tmp_path: Path) -> None:
+    """With heads that fill no vector, from a cache that grows."""
+    folder = write_checkpoint(
+        tmp_path / "source", "deepseek_v3", hidden_size=96, num_attention_heads=3,
+        num_key_value_heads=3, kv_lora_rank=24, q_lora_rank=20, qk_nope_head_dim=10,
+        qk_rope_head_dim=6, v_head_dim=12, max_position_embeddings=512,
+    )  # fmt: skip
+    tokens = [int(t) for t in np.random.default_rng(3).integers(3, 512, 300)]
+    truth = true_logits(folder, tokens)
+    with mlxedge.load(folder, engine="numpy", threads=2) as model:
+        session = model.session()
+        start = 0
+        for piece in (1, 3, 1, 2, 30, 1, 5, len(tokens)):
+            fed = tokens[start : start + piece]
+            start += len(fed)
+            assert agree(session.feed(fed), truth[start - 1])
+        assert start == len(tokens)
 
 
 def test_tied_embeddings_of_youtu(tmp_path: Path) -> None:

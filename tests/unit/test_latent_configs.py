@@ -194,6 +194,8 @@ def test_gguf_files_are_read_as_what_they_are(name: str) -> None:
         ("DeepSeek-V3", {"kv_lora_rank": "512"}, r"kv_lora_rank \('512'\)"),
         ("DeepSeek-V3", {"q_lora_rank": 0}, r"q_lora_rank \('0'\)"),
         ("DeepSeek-V3", {"n_shared_experts": 0}, "whole numbers for n_shared_experts"),
+        ("DeepSeek-V3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+        ("DeepSeek-V3", {"qk_rope_head_dim": 63}, r"head_dim \(63\) is odd"),
         ("DeepSeek-V3", {"num_key_value_heads": 64}, "as many heads of keys as of queries"),
         ("DeepSeek-V2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),
         ("DeepSeek-V2", {"scoring_func": "sigmoid"}, "scores by softmax alone"),
