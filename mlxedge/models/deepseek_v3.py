@@ -97,6 +97,36 @@ def settle(config: Config) -> Config:
     return settle_experts(config) | named
 
 
+_DENSE, _SPARSE = "dense", "sparse"
+
+
+def adopt_kinds(config: Config) -> Config:
+    """``first_k_dense_replace`` of a config that lists the kind of each layer, as transformers 5
+    does for the younger of the family."""
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        return config
+    if not isinstance(kinds, list) or len(kinds) != config.get("num_hidden_layers"):
+        raise UnsupportedModelError("the config's mlp_layer_types is not a list of all layers")
+    first = kinds.index(_SPARSE) if _SPARSE in kinds else len(kinds)
+    if kinds != _kinds(first, len(kinds)):
+        raise UnsupportedModelError(
+            f"{config['model_type']} with dense layers after those with experts is not supported "
+            "(mlp_layer_types)"
+        )
+    return config | {"first_k_dense_replace": first}
+
+
+def with_kinds(config: Config) -> Config:
+    """The other way."""
+    kinds = _kinds(config["first_k_dense_replace"], config["num_hidden_layers"])
+    return config | {"mlp_layer_types": kinds}
+
+
+def _kinds(dense: int, layers: int) -> list[str]:
+    return [_DENSE if layer < dense else _SPARSE for layer in range(layers)]
+
+
 def check(config: Config, runtime: str) -> list[str]:
     found = []
     if not config.get("rope_interleave", True):

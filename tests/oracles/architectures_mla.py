@@ -27,6 +27,13 @@ _EXPERTS: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_LATENT, **_EXPERTS, "topk_method": "greedy"},
     "deepseek_v3": {**_LATENT, **_EXPERTS, "n_group": 4, "topk_group": 2},
+    "deepseek_v32": {
+        **_LATENT,
+        **_EXPERTS,
+        **{"n_group": 4, "topk_group": 2},
+        # Sees all that the tests show it; see test_latent_attention for less.
+        **{"index_topk": 200, "index_n_heads": 16, "index_head_dim": 64},
+    },
     "glm4_moe_lite": {**_LATENT, **_EXPERTS},
     "minicpm3": {**_LATENT, "v_head_dim": None},
     # Its embeddings are tied, but transformers empties the row of a token for padding as it loads.
@@ -65,6 +72,15 @@ SAVED: dict[str, dict[str, Any]] = {
 }
 
 SAVED |= {
+    "deepseek_v32": {"model_type": "deepseek_v32", "rope_parameters": _ONE},
+    "deepseek_v32-no-groups": {
+        "model_type": "deepseek_v32",
+        "num_hidden_layers": 3,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 2,
+    },
     "glm4_moe_lite": {"model_type": "glm4_moe_lite", "num_hidden_layers": 3},
     "glm4_moe_lite-dense-groups-yarn": {
         "model_type": "glm4_moe_lite",
@@ -135,6 +151,19 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 PARTIAL |= {
+    "deepseek_v32-biases-yarn-indexers": (
+        {
+            "model_type": "deepseek_v32",
+            "attention_bias": True,
+            "index_head_dim": 96,
+            "rope_parameters": _SCALED,
+        },
+        {"gguf": "mscale_all_dim of 1 alone; .* no attention biases; .* an index_head_dim of 64"},
+    ),
+    "deepseek_v32-tied": (
+        {"model_type": "deepseek_v32", "tie_word_embeddings": True},
+        {"mlx": "tied embeddings"},
+    ),
     "youtu-yarn": (
         {"model_type": "youtu", "rope_parameters": _SCALED},
         {"mlx": "mlx-lm's youtu does not scale scores"},

@@ -19,6 +19,7 @@ import mlxedge
 from mlxedge import gguf_values as gv
 from mlxedge.calibration.run import calibrate_to_file
 from mlxedge.encodings import F32, Encoding
+from mlxedge.errors import UsageError
 from mlxedge.outputs.gguf_file import header_bytes
 from mlxedge.recipes.llama_cpp import file_type
 from mlxedge.sources import open_source
@@ -344,6 +345,21 @@ def test_pieces_of_any_length(tmp_path: Path) -> None:
             start += len(fed)
             assert agree(session.feed(fed), truth[start - 1])
         assert start == len(tokens)
+
+
+def test_an_indexer_that_leaves_positions_out(tmp_path: Path) -> None:
+    """The runtimes pick what transformers does; ours runs as far as nothing is left out."""
+    folder = write_checkpoint(
+        tmp_path / "source", "deepseek_v32", index_topk=40, index_n_heads=32, num_hidden_layers=3
+    )
+    truth = true_logits(folder)
+    mlxedge.convert(folder, ["gguf:f32", "mlx:f32"], tmp_path)
+    assert agree(llama_cpp_logits(tmp_path / "source-F32.gguf"), truth)
+    assert agree(mlx_lm_logits(tmp_path / "source-mlx-f32"), truth)
+    with mlxedge.load(folder, engine="numpy") as model:
+        assert agree(model.logits(TOKENS[:40]), truth[:40])
+        with pytest.raises(UsageError, match="context of 40"):
+            model.logits(TOKENS[:41])
 
 
 def test_tied_embeddings_of_youtu(tmp_path: Path) -> None:

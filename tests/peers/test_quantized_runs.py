@@ -16,7 +16,8 @@ from mlxedge.sources.gguf import read_gguf
 #: Matrices of other kinds than llama's, or in one.
 OTHERS = (
     *("phi3", "gemma3_text", "glm4", "cohere-qk-norm", "starcoder2", "nemotron", "stablelm"),
-    *("deepseek_v2-queries-whole", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
+    *("deepseek_v2-queries-whole", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "minicpm3"),
+    "youtu",
 )
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "moe_intermediate_size")
 #: Number, as llama-quantize counts.

@@ -28,7 +28,8 @@ EPSILON = 1e-6
 class Latent:
     """Ranks of the latents (``q_rank`` ``None`` for queries without one), and of each head how many
     dimensions of a key are its own, how many are rotated and shared, and those of a value. Scores
-    are multiplied by ``scale``; ``neighbours`` as in ``Wiring``."""
+    are multiplied by ``scale``; ``neighbours`` as in ``Wiring``. ``most`` is the context up to
+    which that is all there is to it, ``None`` for any."""
 
     q_rank: int | None
     kv_rank: int
@@ -37,6 +38,7 @@ class Latent:
     value: int
     scale: float
     neighbours: bool
+    most: int | None = None
 
     @property
     def key(self) -> int:
@@ -71,13 +73,13 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
-    if shape.mixing["mla"].q_rank is None:
+    if shape.mixing[shape.mixers[layer]].q_rank is None:
         return [(_QUERY, _DOWN), (_UP,), (_OUT,)]
     return [(_QUERY_DOWN, _DOWN), (_QUERY_UP,), (_UP,), (_OUT,)]
 
 
 def record(graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> Any:
-    shape, latent = graph.shape, graph.shape.mixing["mla"]
+    shape, latent = graph.shape, graph.shape.mixing[graph.shape.mixers[layer]]
     heads, block = shape.heads, f"model.layers.{layer}.{_BLOCK}"
     widths = [heads * size for size in (latent.value, latent.key, latent.key, latent.value)]
     out, q, k, v = graph.buffers("mla", widths)
@@ -86,12 +88,13 @@ def record(graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> An
     )
     c_q = None if latent.q_rank is None else graph.buffers("mla queries", [latent.q_rank])[0]
     graph.tap(names[0], x)
-    query, down = names[0]
+    query, down = names[0][:2]
     products = graph.weights.products(query, x, [q if c_q is None else c_q])
     graph.tape.linear(x, products + graph.weights.products(down, x, [c, rotary]))
     if c_q is not None:
         _norm(graph, f"{block}q_a_layernorm", c_q)
-        graph.linear(c_q, names[1], [q])
+        graph.tap(names[1], c_q)
+        graph.tape.linear(c_q, graph.weights.products(names[1][0], c_q, [q]))
     _norm(graph, f"{block}kv_a_layernorm", c)
     graph.linear(c, names[-1], [kv])
     graph.tape.unfold(kv, rotary, k, v, heads)
