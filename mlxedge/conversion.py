@@ -22,6 +22,7 @@ from mlxedge.guidance import Guidance, plan_guidance
 from mlxedge.outputs.gguf import plan_gguf
 from mlxedge.outputs.hf_dir import plan_hf
 from mlxedge.outputs.mlx_dir import plan_mlx
+from mlxedge.outputs.requantized import requantized_notes
 from mlxedge.outputs.staging import check_target, partial_dir
 from mlxedge.plan import OutputPlan, Plan, encodings_made
 from mlxedge.prepare import check_weights, prepare
@@ -73,15 +74,15 @@ def convert(
     wrote, and ``False`` leaves it out, which makes the quality "reference". ``overrides``
     (``mlxedge.recipes.overrides``) are types for single tensors. ``stream`` reads the weights of a
     Hub repository as they are wanted (``mlxedge.open_source``) instead of downloading them first,
-    and calibrates on the way; what is written is the same. ``adapter`` is the folder of a LoRA that
-    is merged first (``mlxedge.sources.adapter``). ``progress`` is told of the weights,
-    ``calibrating`` of the model's run before or between them.
+    and calibrates on the way; what is written is the same. ``adapter`` is the folder or the Hub
+    id of a LoRA that is merged first (``mlxedge.sources.adapter``). ``progress`` is told of the
+    weights, ``calibrating`` of the model's run before or between them.
 
     Raises MlxedgeError and its kind; nothing is left at a final path unless it is complete.
     """
     from mlxedge.pipeline import run_plan
     from mlxedge.sources import open_source
-    from mlxedge.sources.adapter import with_adapter
+    from mlxedge.sources.adapter import find_adapter, with_adapter
 
     targets = [parse_target(t) for t in ([to] if isinstance(to, str) else to)]
     with contextlib.ExitStack() as stack:
@@ -91,7 +92,7 @@ def convert(
         elif stream:
             raise UsageError("an open checkpoint cannot be streamed: open it with stream=True")
         if adapter is not None:
-            opened = stack.enter_context(with_adapter(opened, Path(adapter)))
+            opened = stack.enter_context(with_adapter(opened, find_adapter(adapter)))
         plan, checkpoint = plan_conversion(
             opened,
             targets,
@@ -209,28 +210,13 @@ def plan_conversion(
     )
     for output in plan.outputs:
         output.notes += checkpoint.notes
-        output.notes += [*overrides.unused(output.target), *_quantized_twice(output, checkpoint)]
+        output.notes += [*overrides.unused(output.target), *requantized_notes(output, checkpoint)]
     _find_finished(plan, backend or default_backend(), allow_nan)
     for output in plan.outputs:
         if not output.finished:
             check_target(output.path, force)
     _check_disk(plan, checkpoint.cache)
     return plan, checkpoint
-
-
-def _quantized_twice(output: OutputPlan, checkpoint: Checkpoint) -> list[str]:
-    """A note where codes of the source are not kept: that costs quality, and often for nothing."""
-    every = {**checkpoint.tensors, **output.sources}
-    sources = [every[t.source] for t in output.tensors if t.kept == "requantized"]
-    kinds = sorted({s.encoding.name for s in sources if not s.decoded})
-    if any(s.decoded for s in sources):
-        kinds.append(checkpoint.quantized or "decoded")
-    if not kinds:
-        return []
-    return [
-        f"the source is quantized already ({', '.join(kinds)}), and this target quantizes it a "
-        "second time; docs/conversion.md says which targets keep its codes"
-    ]
 
 
 def _find_finished(plan: Plan, backend: str, allow_nan: bool) -> None:

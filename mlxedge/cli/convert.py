@@ -55,8 +55,9 @@ _EPILOG = "Targets: " + " ".join(known_targets()) + "; MLX groups of 32 or 128: 
               help="Read a Hub repository's weights as they are wanted, and keep none: takes disk "
               "for the outputs, and for a few layers on their way.")  # fmt: skip
 @click.option(
-    "--adapter", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR",
-    help="A LoRA adapter (PEFT, safetensors) to merge into the weights on the way.",
+    "--adapter", metavar="ADAPTER",
+    help="A LoRA adapter (PEFT, safetensors) to merge into the weights on the way: a folder, or a "
+    "Hub id (org/name, or org/name@revision).",
 )  # fmt: skip
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]),
               help="Of scales and unquantized MLX tensors.  [default: the source's]")  # fmt: skip
@@ -81,7 +82,7 @@ def command(
     pure: bool,
     revision: str | None,
     stream: bool,
-    adapter: Path | None,
+    adapter: str | None,
     dtype: str | None,
     pre: str | None,
     backend: str | None,
@@ -103,7 +104,7 @@ def command(
     from mlxedge.pipeline import run_plan, worker_count
     from mlxedge.recipes.overrides import parse_overrides
     from mlxedge.sources import open_source
-    from mlxedge.sources.adapter import with_adapter
+    from mlxedge.sources.adapter import find_adapter, with_adapter
 
     targets = [parse_target(t) for t in to]
     if no_calibrate and calibrate is not None:
@@ -115,7 +116,8 @@ def command(
             open_source(source, revision=revision, progress=downloads, warn=ui.warn, stream=stream)
         )
         if adapter is not None:
-            opened = stack.enter_context(with_adapter(opened, adapter))
+            found = find_adapter(adapter, progress=downloads, warn=ui.warn)
+            opened = stack.enter_context(with_adapter(opened, found))
         plan, checkpoint = plan_conversion(
             opened,
             targets,
@@ -215,7 +217,10 @@ def _show_plan(plan: Plan, threads: int) -> None:
     from mlxedge.cli import ui
 
     adapter = plan.source.get("adapter")
-    merged = f", with {adapter['name']} merged into {adapter['tensors']} tensors" if adapter else ""
+    merged = ""
+    if adapter:
+        name = adapter.get("repo") or adapter["name"]
+        merged = f", with {name} merged into {adapter['tensors']} tensors"
     click.echo(f"{plan.name} ({plan.source['kind']}, {_place(plan)}{merged})")
     ui.table(
         ["output", "size", "bits/weight", "tensors"],

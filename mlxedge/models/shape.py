@@ -70,7 +70,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
         ropes=ropes,
         windows=spec.windows(config),
         activation=activation,
-        wiring=spec.wiring,
+        wiring=spec.wired(config),
         factors=spec.factors(config),
         experts=spec.experts.shape(config) if spec.experts else None,
         mixing=mixing,

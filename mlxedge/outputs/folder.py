@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from mlxedge.errors import TokenizerError
 from mlxedge.models.wiring import NAMES
 
 if TYPE_CHECKING:
@@ -47,12 +48,21 @@ def window_notes(spec: ModelSpec, config: dict[str, Any], runtime: str) -> list[
     ]
 
 
-def common_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The tokenizer's files and generation_config.json."""
-    files = dict(checkpoint.tokenizer.files) if checkpoint.tokenizer else {}
+def common_files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], list[str]]:
+    """The tokenizer's files and generation_config.json; and what to say of them."""
+    from mlxedge.tokenizer.saved import saved_files
+
+    files: dict[str, bytes] = {}
+    notes = []
+    if checkpoint.tokenizer:
+        try:
+            files = saved_files(checkpoint.tokenizer)
+        except TokenizerError as error:
+            files = dict(checkpoint.tokenizer.files)
+            notes.append(f"the tokenizer's files are copied as they are: {error}")
     if checkpoint.generation_config:
         files["generation_config.json"] = json_bytes(checkpoint.generation_config)
-    return files
+    return files, notes
 
 
 def model_card(checkpoint: Checkpoint, library: str, what: str, recipe: str) -> bytes:
@@ -65,9 +75,14 @@ def model_card(checkpoint: Checkpoint, library: str, what: str, recipe: str) -> 
         lines.append(f"license: {checkpoint.license}")
     if base:
         lines.append(f"base_model: {base}")
-    source = checkpoint.origin.repo or checkpoint.name
+    adapter = checkpoint.adapter or {}
+    source = checkpoint.origin.repo or checkpoint.name.removesuffix(f"-{adapter.get('name')}")
     if checkpoint.origin.revision:
         source += f" at revision {checkpoint.origin.revision}"
+    if adapter:
+        source += f" with the adapter {adapter.get('repo') or adapter['name']}"
+        if adapter.get("revision"):
+            source += f" at revision {adapter['revision']}"
     lines += [
         "---",
         "",
@@ -77,3 +92,11 @@ def model_card(checkpoint: Checkpoint, library: str, what: str, recipe: str) -> 
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def type_note(config: dict[str, Any], written: dict[str, Any], reader: str) -> list[str]:
+    """A note where a config is written as that of another architecture."""
+    own, other = config["model_type"], written["model_type"]
+    return (
+        [] if own == other else [f"{reader} gets this {own} as a {other}, which computes the same"]
+    )

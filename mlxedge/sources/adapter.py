@@ -1,19 +1,20 @@
 """LoRA adapters as PEFT saves them, merged into the tensors that they were trained for.
 
-A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. For a matrix W
-``[out, in]`` there are ``….lora_A.weight`` ``[r, in]`` and ``….lora_B.weight`` ``[out, r]``, and
-the merged one is W + scaling · B · A with scaling = alpha / r, or alpha / √r of rank-stabilised
-ones (``peft/tuners/lora/layer.py``, version 0.21; Hu et al. 2021; Kalajdzievski 2023). Embeddings
-have ``lora_embedding_A`` ``[r, tokens]`` and ``lora_embedding_B`` ``[width, r]`` and get the
-transposed product. Biases and whole modules that were trained beside replace those of the model.
-Rows are merged in f64 and rounded to f32 once, when they are read.
+A folder, or a repository on the Hub, holds ``adapter_config.json`` and
+``adapter_model.safetensors``. For a matrix W ``[out, in]`` there are ``….lora_A.weight`` ``[r,
+in]`` and ``….lora_B.weight`` ``[out, r]``, and the merged one is W + scaling · B · A with scaling =
+alpha / r, or alpha / √r of rank-stabilised ones (``peft/tuners/lora/layer.py``, version 0.21; Hu et
+al. 2021; Kalajdzievski 2023). Embeddings have ``lora_embedding_A`` ``[r, tokens]`` and
+``lora_embedding_B`` ``[width, r]`` and get the transposed product. Biases and whole modules that
+were trained beside replace those of the model. Rows are merged in f64 and rounded to f32 once, when
+they are read.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,21 +26,22 @@ from mlxedge.errors import (
     UnsafeFileError,
     UnsupportedModelError,
 )
+from mlxedge.models import known_model_types, spec_for
+from mlxedge.models.recasts import WORLDS
 from mlxedge.sources.checkpoint import Checkpoint, SourceTensor, Tensors
 from mlxedge.sources.files import check_rows, shown
-from mlxedge.sources.folder import PICKLE_ADVICE, read_json
+from mlxedge.sources.folder import ADAPTER_CONFIG, PICKLE_ADVICE, read_json
 from mlxedge.sources.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mlxedge.ops import Parts
+    from mlxedge.sources.hub import Warn
+    from mlxedge.sources.hub_download import Progress
 
-_CONFIG, _WEIGHTS, _PICKLE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 #: Stands in the names of what a layer with factors had before: its bias, or a saved embedding.
 _BASE = ".base_layer."
@@ -66,16 +68,54 @@ class _Pair:
     transposed: bool
 
 
-def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """``checkpoint`` with the adapter in ``folder`` merged into it; closing it closes the adapter
-    alone.
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on this disk; ``repo`` and ``revision`` (the commit) if it came from the Hub."""
+
+    folder: Path
+    name: str
+    repo: str | None = None
+    revision: str | None = None
+
+
+def find_adapter(
+    spec: str | Path, *, progress: Progress | None = None, warn: Warn | None = None
+) -> Adapter:
+    """The adapter that ``spec`` names: a folder, or a Hub id (``org/name``, ``org/name@revision``)
+    that is downloaded. What exists on disk goes first.
+
+    Raises SourceNotFoundError and what :func:`mlxedge.sources.hub.download` does.
+    """
+    path = Path(spec).expanduser()
+    if spec and path.exists():
+        return Adapter(path, path.resolve().name)
+    from mlxedge.sources.hub import parse_spec
+
+    hub = None if isinstance(spec, Path) else parse_spec(spec)
+    if hub is None or hub.file is not None:
+        raise SourceNotFoundError(
+            f"{spec}: no such folder, and not a Hub id (org/name or org/name@revision): an adapter "
+            "is what PEFT's save_pretrained wrote"
+        )
+    from mlxedge.sources.hub_adapter import download_adapter
+
+    found = download_adapter(hub.repo, revision=hub.revision, progress=progress, warn=warn)
+    return Adapter(found.path, hub.repo.rpartition("/")[2], found.repo, found.commit)
+
+
+def with_adapter(checkpoint: Checkpoint, adapter: Adapter | Path) -> Checkpoint:
+    """``checkpoint`` with the adapter (or the one in a folder) merged into it, named after both;
+    closing it closes the adapter alone.
 
     Raises SourceNotFoundError, CorruptFileError (shapes that do not fit, factors without the
     other), UnsafeFileError (pickles) and UnsupportedModelError for an adapter of another kind or of
     another model.
     """
+    if isinstance(adapter, Path):
+        adapter = find_adapter(adapter)
+    folder = adapter.folder
     config = _config(folder)
-    file = SafetensorsFile(folder / _WEIGHTS)
+    file = SafetensorsFile(folder / WEIGHTS)
     try:
         tensors, merged = _merged(checkpoint, config, file)
     except BaseException:
@@ -83,16 +123,19 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         raise
 
     origin = checkpoint.origin
-    files = (*origin.files, folder / _CONFIG, folder / _WEIGHTS)
+    files = (*origin.files, folder / CONFIG, folder / WEIGHTS)
     about = {
-        "name": folder.resolve().name,
+        "name": adapter.name,
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
         "rank_stabilised": bool(config.get("use_rslora")),
         "tensors": merged,
     }
+    if adapter.repo:
+        about |= {"repo": adapter.repo, "revision": adapter.revision}
     return replace(
         checkpoint,
+        name=f"{checkpoint.name}-{adapter.name}",
         tensors=Tensors(tensors),
         origin=replace(origin, files=files),
         adapter=about,
@@ -100,16 +143,29 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    if not (folder / _CONFIG).is_file():
+def check_files(where: str | Path, names: Collection[str]) -> None:
+    """Raise SourceNotFoundError or UnsafeFileError unless ``names`` are files of an adapter."""
+    if CONFIG not in names:
+        model = " (this is a model: give it as SOURCE)" if "config.json" in names else ""
         raise SourceNotFoundError(
-            f"{folder}: no {_CONFIG}: an adapter is a folder that PEFT's save_pretrained wrote"
+            f"{where}: no {CONFIG}: an adapter is what PEFT's save_pretrained wrote{model}"
         )
-    config = read_json(folder / _CONFIG)
-    if not (folder / _WEIGHTS).is_file():
-        if (folder / _PICKLE).is_file():
-            raise UnsafeFileError(f"{folder / _PICKLE}: a pickle: {PICKLE_ADVICE}")
-        raise SourceNotFoundError(f"{folder}: no {_WEIGHTS}")
+    if WEIGHTS not in names:
+        if _PICKLE in names:
+            raise UnsafeFileError(f"{where}/{_PICKLE}: a pickle: {PICKLE_ADVICE}")
+        raise SourceNotFoundError(f"{where}: no {WEIGHTS}")
+
+
+def check_folder(folder: Path) -> None:
+    """As :func:`check_files`, for a folder."""
+    if not folder.is_dir():
+        raise SourceNotFoundError(f"{folder}: an adapter is a folder: give {folder.parent}")
+    check_files(folder, {file.name for file in folder.iterdir() if file.is_file()})
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    check_folder(folder)
+    config = read_json(folder / CONFIG)
     kind = config.get("peft_type")
     refused = [key for key in _REFUSED if config.get(key)]
     start = config.get("init_lora_weights")
@@ -124,7 +180,7 @@ def _config(folder: Path) -> dict[str, Any]:
         )
     alpha = config.get("lora_alpha")
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise CorruptFileError(folder / _CONFIG, f"lora_alpha is {shown(str(alpha))}, no number")
+        raise CorruptFileError(folder / CONFIG, f"lora_alpha is {shown(str(alpha))}, no number")
     return config
 
 
@@ -133,9 +189,11 @@ def _merged(
 ) -> tuple[dict[str, SourceTensor], int]:
     """All tensors, and how many the adapter changes."""
     tensors = dict(checkpoint.tensors)
+    names = _names(checkpoint)
     pairs, others = _pairs(config, file)
     for stored in others:
         name = stored.removeprefix(_PREFIX).replace(_BASE, ".")
+        name = names.get(name, name)
         found, have = file.source_tensor(stored), tensors.get(name)
         if have is None and name != "lm_head.weight":  # a tied head that was trained on its own
             raise UnsupportedModelError(
@@ -148,16 +206,35 @@ def _merged(
             )
         tensors[name] = replace(found, name=name)
     for module, pair in pairs.items():
-        name = f"{module}.weight"
+        name = names.get(f"{module}.weight", f"{module}.weight")
         if name not in tensors:
             raise UnsupportedModelError(
                 f"{file.path}: it changes {shown(name)}, which {checkpoint.origin.path} does not "
-                "have: an adapter of another model, or of parameters that are no linear layers"
+                "have: an adapter of another model, of parameters that are no linear layers, or of "
+                "what this file has in another form: merge it into the model that it is made from"
             )
         tensors[name] = _with_product(tensors[name], pair, file)
     if not pairs and not others:
         raise CorruptFileError(file.path, "the adapter holds no tensors")
     return tensors, len(pairs) + len(others)
+
+
+def _names(checkpoint: Checkpoint) -> dict[str, str]:
+    """By the names that transformers has for them, and that adapters are made by, the tensors that
+    a checkpoint calls otherwise."""
+    if checkpoint.config.get("model_type") not in known_model_types():
+        return {}
+    spec, world = spec_for(checkpoint.config), WORLDS[checkpoint.origin.kind]
+    found = {}
+    for name in checkpoint.tensors:
+        spelt = spec.spelt(name)
+        if world != "stored" and spec.recast_of(world, spelt) is None:
+            spelt = spec.to_stored(spec.canonical(spelt, world)[0], 1)[0]
+            if spec.recast_of("stored", spelt) is not None:
+                continue  # it is transposed there
+        if spelt != name:
+            found[spelt] = name
+    return found
 
 
 def _pairs(config: dict[str, Any], file: SafetensorsFile) -> tuple[dict[str, _Pair], list[str]]:

@@ -24,6 +24,8 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 #: What NVIDIA's ModelOpt writes beside a config that says nothing of quantization.
 MODELOPT_CONFIG = "hf_quant_config.json"
+#: What PEFT writes beside the factors of an adapter, which is no model of its own.
+ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CARD = "README.md"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,6 +36,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "tekken.json",
+    "qwen.tiktoken",
+    "tiktoken.model",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
@@ -55,6 +59,14 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 def only_pickles(where: str, names: list[str]) -> str:
     """Why a model whose weights are all pickled is refused, and what to do."""
     return f"{where} holds only pickles ({', '.join(sorted(names)[:3])}): {PICKLE_ADVICE}"
+
+
+def only_adapter(where: str) -> str:
+    """What to do with an adapter that was given as a model."""
+    return (
+        f"{where} is an adapter, no model: give the model that it was trained for, and this with "
+        "convert --adapter"
+    )
 
 
 def read_side_file(path: Path) -> bytes:

@@ -68,7 +68,7 @@ def read_model(path: str | Path, open_file: Opener = RandomAccessFile) -> GgufFi
         parts[0],
         metadata=metadata,
         tensors=list(tensors.values()),
-        parts=tuple(part.path for part in parts),
+        parts=tuple(path.with_name(name) for name in names),
     )
 
 

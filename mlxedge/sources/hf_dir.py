@@ -25,11 +25,13 @@ def open_folder(
 
     ``shards`` and ``open_file`` are for weight files that are not in the folder.
 
-    Raises SourceNotFoundError (no config, no weights, a missing shard), UnsafeFileError (only
-    pickles, an index that points outside), CorruptFileError and UnsupportedEncodingError (weights
-    quantized by a scheme that mlxedge does not read).
+    Raises SourceNotFoundError (no config, no weights, a missing shard, an adapter), UnsafeFileError
+    (only pickles, an index that points outside), CorruptFileError and UnsupportedEncodingError
+    (weights quantized by a scheme that mlxedge does not read).
     """
     if not (folder / common.CONFIG).is_file():
+        if (folder / common.ADAPTER_CONFIG).is_file():
+            raise SourceNotFoundError(common.only_adapter(str(folder)))
         shards = common.find_shards(folder)  # its complaint is the better one, if it has any
         raise SourceNotFoundError(f"{folder}: no config.json beside {shards.files[0].name}")
     config = common.read_json(folder / common.CONFIG)

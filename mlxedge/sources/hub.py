@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mlxedge.sources.hub_download import Downloader, Progress, RemoteFile
 
 Warn = Callable[[str], None]
+#: Raises SourceNotFoundError for a folder that lacks files of what it should hold.
+Check = Callable[[Path], object]
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _SPEC = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>.+))?")
@@ -97,9 +99,7 @@ def download(
         return found
     with translated(repo, revision):
         chosen = choose(found, gguf)
-        found.loader.check_disk(chosen)
-        found.loader.fetch_all(chosen)
-        _remember(found.loader, revision)
+        fetch_chosen(found, chosen, revision)
     folder = found.loader.snapshot
     path = folder / chosen[0].name if gguf is not None else folder
     return Snapshot(path, repo, found.loader.commit)
@@ -121,14 +121,16 @@ def look_up(
     offline: bool | None = None,
     progress: Progress | None = None,
     warn: Warn | None = None,
+    check: Check | None = None,
 ) -> Listing | Snapshot:
-    """What the Hub has, or the cached copy if it cannot be asked; see :func:`download`."""
+    """What the Hub has, or the cached copy if it cannot be asked; see :func:`download`. ``check``
+    tells whether a cached copy is whole, where that is not a model."""
     if revision is not None and not _is_revision(revision):
         raise SourceNotFoundError(f"{repo}: {revision!r} cannot be the name of a revision")
     from huggingface_hub import HfApi, constants
 
     if offline or constants.HF_HUB_OFFLINE:
-        return _cached(repo, revision, gguf, "working offline")
+        return _cached(repo, revision, gguf, check or _check_model, "working offline")
     api = HfApi(library_name="mlxedge", library_version=VERSION)
     try:
         with translated(repo, revision):
@@ -136,7 +138,7 @@ def look_up(
                 repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
             )
     except NetworkError as error:
-        snapshot = _cached(repo, revision, gguf, str(error))
+        snapshot = _cached(repo, revision, gguf, check or _check_model, str(error))
         (warn or warnings.warn)(f"{error}; using the cached copy of commit {snapshot.commit[:12]}")
         return snapshot
     commit = info.sha or ""
@@ -167,6 +169,13 @@ def choose(found: Listing, gguf: str | None) -> list[RemoteFile]:
     return [files[name] for name in _weight_files(loader, files)]
 
 
+def fetch_chosen(found: Listing, chosen: list[RemoteFile], revision: str | None) -> None:
+    """Download ``chosen``, and note which commit ``revision`` was."""
+    found.loader.check_disk(chosen)
+    found.loader.fetch_all(chosen)
+    _remember(found.loader, revision)
+
+
 @contextlib.contextmanager
 def translated(repo: str, revision: str | None) -> Iterator[None]:
     """Raise the client's errors as this package's."""
@@ -185,6 +194,8 @@ def _is_side_file(name: str) -> bool:
 
 def _check_loadable(repo: str, names: list[str]) -> None:
     """Before anything is downloaded: are there weights that mlxedge would load?"""
+    if common.ADAPTER_CONFIG in names and common.CONFIG not in names:
+        raise SourceNotFoundError(common.only_adapter(repo))
     if any(name.endswith(".safetensors") and "/" not in name for name in names):
         if common.CONFIG not in names:
             raise SourceNotFoundError(f"{repo}: the repository has no {common.CONFIG}")
@@ -249,7 +260,12 @@ def _remember(loader: Downloader, revision: str | None) -> None:
     new.replace(ref)
 
 
-def _cached(repo: str, revision: str | None, gguf: str | None, why: str) -> Snapshot:
+def _check_model(folder: Path) -> None:
+    common.find_shards(folder)
+    common.read_json(folder / common.CONFIG)
+
+
+def _cached(repo: str, revision: str | None, gguf: str | None, check: Check, why: str) -> Snapshot:
     """The copy in the cache; raises NetworkError if there is none that is whole."""
     from mlxedge.sources.hub_download import storage_folder
 
@@ -265,8 +281,7 @@ def _cached(repo: str, revision: str | None, gguf: str | None, why: str) -> Snap
         chosen = part_names(_choose_gguf(f"{repo} (cached copy)", names, gguf))
         return Snapshot(folder / chosen[0], repo, commit)
     try:
-        common.find_shards(folder)
-        common.read_json(folder / common.CONFIG)
+        check(folder)
     except SourceNotFoundError as error:
         raise NetworkError(f"{repo}: the cached copy is incomplete: {error} ({why})") from error
     return Snapshot(folder, repo, commit)

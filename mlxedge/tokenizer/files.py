@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlxedge.errors import TokenizerError
-from mlxedge.tokenizer import pre, ranks, sentencepiece
+from mlxedge.tokenizer import pre, ranks, recognised, sentencepiece, tiktoken
 from mlxedge.tokenizer.spec import TokenizerSpec
 
 Json = dict[str, Any]
@@ -56,7 +56,8 @@ def read_json(spec: TokenizerSpec, name: str) -> Json:
 def settings(spec: TokenizerSpec) -> Json:
     """tokenizer_config.json, completed from special_tokens_map.json.
 
-    Before them stand the roles that a tekken.json or a SentencePiece model gives to its tokens.
+    Before them stand the roles that a tekken.json, a SentencePiece model or a tiktoken vocabulary
+    gives to its tokens.
     """
     return {
         **_own_roles(spec),
@@ -66,18 +67,28 @@ def settings(spec: TokenizerSpec) -> Json:
 
 
 def _own_roles(spec: TokenizerSpec) -> Json:
-    name = _sentencepiece_file(spec)
     if "tokenizer.json" in spec.files:
         return {}
     if ranks.TEKKEN in spec.files:
         return dict(ranks.TEKKEN_ROLES)
-    if name is None:
-        return {}
-    return dict(sentencepiece.parse(spec.files[name]).roles())
+    if (name := sentencepiece_file(spec)) is not None:
+        return dict(sentencepiece.parse(spec.files[name]).roles())
+    if (name := tiktoken.find(spec.files)) is not None:
+        known = tiktoken.known(spec.files[name], name)
+        return dict(known.roles) if known else {}
+    return {}
 
 
-def _sentencepiece_file(spec: TokenizerSpec) -> str | None:
-    return next((name for name in SENTENCEPIECE_FILES if name in spec.files), None)
+def sentencepiece_file(spec: TokenizerSpec) -> str | None:
+    """The name of the SentencePiece model, if there is one."""
+    return next(
+        (
+            name
+            for name in SENTENCEPIECE_FILES
+            if name in spec.files and not tiktoken.is_tiktoken(spec.files[name])
+        ),
+        None,
+    )
 
 
 def content(token: Any) -> str | None:
@@ -132,9 +143,9 @@ def _text(raw: bytes, name: str) -> str:
 def document(spec: TokenizerSpec) -> Json:
     """The tokenizer as the content of a tokenizer.json, complete.
 
-    From tokenizer.json itself, from Mistral's tekken.json, from a SentencePiece model, or from
-    vocab.json and merges.txt. Raises TokenizerError if there is none of them, or they contradict
-    themselves.
+    From tokenizer.json itself, from Mistral's tekken.json, from a SentencePiece model, from a
+    tiktoken vocabulary, or from vocab.json and merges.txt. Raises TokenizerError if there is none
+    of them, or they contradict themselves.
     """
     config = settings(spec)
     adds: tuple[str, ...] = ()
@@ -143,17 +154,20 @@ def document(spec: TokenizerSpec) -> Json:
     elif ranks.TEKKEN in spec.files:
         made = _from_tekken(spec)
         adds = ("bos_token",)
-    elif (name := _sentencepiece_file(spec)) is not None:
+    elif (name := sentencepiece_file(spec)) is not None:
         model = sentencepiece.parse(spec.files[name])
         made = sentencepiece.document(model)
         # As the classes of such folders do: LlamaTokenizer for BPE, T5Tokenizer for unigram.
         adds = ("eos_token",) if model.kind == sentencepiece.UNIGRAM else ("bos_token",)
+    elif (name := tiktoken.find(spec.files)) is not None:
+        known, tokens = recognised.find(spec.files[name], name, config)
+        made, adds = _from_tiktoken(known, tokens, config), known.adds
     elif "vocab.json" in spec.files and "merges.txt" in spec.files:
         made = _from_vocab_and_merges(spec, config)
     else:
         raise TokenizerError(
             "no tokenizer found: expected tokenizer.json, tokenizer.model, spiece.model, "
-            "tekken.json, or vocab.json with merges.txt, and there is "
+            "tekken.json, qwen.tiktoken, or vocab.json with merges.txt, and there is "
             f"{', '.join(sorted(spec.files)) or 'nothing'}"
         )
     _check(made)
@@ -214,6 +228,30 @@ def _from_tekken(spec: TokenizerSpec) -> Json:
         raise TokenizerError(f"{ranks.TEKKEN}: a special token is another token too")
     made = byte_level_document(vocab, merges, pre.splitting(pattern), ignore_merges=True)
     made["added_tokens"] = [added_token(text, i, special=True) for i, text in enumerate(special)]
+    return made
+
+
+def _from_tiktoken(known: tiktoken.Known, tokens: Sequence[bytes], config: Json) -> Json:
+    """The settings may name special tokens otherwise, by their ids."""
+    vocab, merges = ranks.byte_level_vocabulary(tokens)
+    default = {len(vocab) + i: text for i, text in enumerate(known.special)}
+    declared = config.get(recognised.DECLARED)
+    own = {
+        int(number): text
+        for number, entry in (declared.items() if isinstance(declared, dict) else ())
+        if number.isdecimal() and int(number) in default and (text := content(entry))
+    }
+    special = {i: text for i, text in default.items() if text not in own.values()} | own
+    if len(set(special.values()) | vocab.keys()) != len(special) + len(vocab):
+        raise TokenizerError("tokenizer_config.json: a special token is another token too")
+    made = byte_level_document(
+        vocab | {text: i for i, text in special.items()},
+        merges,
+        pre.splitting(*known.expressions),
+        known.ignore_merges,
+    )
+    made["normalizer"] = known.normalizer
+    made["added_tokens"] = [added_token(text, i, special=True) for i, text in special.items()]
     return made
 
 

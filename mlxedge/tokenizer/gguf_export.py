@@ -25,6 +25,7 @@ from mlxedge.tokenizer.gguf_import import (
     ADD_BOS,
     ADD_EOS,
     CHARSMAP,
+    ENCODERS_ONLY,
     MERGE_SPACES,
     MERGES,
     MODEL,
@@ -138,6 +139,8 @@ def _model_kind(spec: TokenizerSpec, document: Mapping[str, Any]) -> str:
         ]
         if any(step.get("type") == "ByteLevel" for step in steps):
             return "gpt2"
+    if model.get("type") == "WordPiece":
+        raise TokenizerError(ENCODERS_ONLY)
     raise TokenizerError(
         "byte-level BPE, SentencePiece BPE with byte fallback and SentencePiece unigram without it "
         "are the tokenizers that are written to GGUF; this one is "

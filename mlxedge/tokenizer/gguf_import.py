@@ -56,6 +56,11 @@ ROLE_KEYS = {
 _SPM_IDS = {"bos": 1, "eos": 2, "unk": 0}
 _T5_IDS = {"eos": 1, "unk": 2, "pad": 0}
 _LARGEST_VOCABULARY = 1 << 24
+#: Why a WordPiece vocabulary is not carried over.
+ENCODERS_ONLY = (
+    "the tokenizer is WordPiece, which BERT and other encoders have: mlxedge converts models that "
+    "generate text, no encoders; llama.cpp's own convert_hf_to_gguf.py converts those"
+)
 
 
 @dataclass
@@ -81,6 +86,8 @@ def from_gguf(metadata: Mapping[str, GgufValue]) -> TokenizerSpec:
     reader = _Reader(own)
     pieces = _pieces(reader)
     model = reader.text(MODEL)
+    if model == "bert":
+        raise TokenizerError(ENCODERS_ONLY)
     if model not in _MODELS:
         raise TokenizerError(
             f"{MODEL} is {model!r}; only {', '.join(_MODELS)} are read. Take the tokenizer from "

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from oracles import architectures, architectures_mla
+from oracles import architectures, architectures_dense, architectures_fused, architectures_mla
+from oracles.renamed import rename
 from oracles.stand_ins import STAND_INS, config_of, hub_config
 from oracles.tiny import write_tokenizer
 
@@ -171,8 +172,16 @@ SAVED: dict[str, dict[str, Any]] = {
         "logit_scale": 1.5,
     },
 }
-OWN |= architectures.OWN | architectures_mla.OWN
-SAVED |= architectures.SAVED | architectures_mla.SAVED
+FAMILIES = (architectures, architectures_dense, architectures_fused, architectures_mla)
+for family in FAMILIES:
+    OWN |= family.OWN
+    SAVED |= family.SAVED
+#: Type and settings, and of the runtime that refuses the reason.
+PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
+for family in FAMILIES:
+    PARTIAL |= family.PARTIAL
+#: The settings of all.
+ALL = SAVED | {name: settings for name, (settings, _) in PARTIAL.items()}
 
 
 def write_checkpoint(
@@ -204,5 +213,6 @@ def write_checkpoint(
         path = folder / "config.json"
         saved = json.loads(path.read_text("utf-8"))
         path.write_text(json.dumps(hub_config(model_type, settings, saved)), "utf-8")
+    rename(folder, to_hub=True)
     write_tokenizer(folder, SIZES["vocab_size"])
     return folder

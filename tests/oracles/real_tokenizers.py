@@ -109,6 +109,10 @@ REAL: dict[str, Callable[[], Files]] = {
     "deepseek-v4": _deepseek,
     "moonshine": lambda: {"tokenizer.json": packaged("moonshine_onnx", "assets/tokenizer.json")},
     "llama3": _llama3,
+    "llama3-tiktoken": lambda: {
+        "tokenizer.model": packaged("llama_models", "llama3/tokenizer.model")
+    },
+    "qwen-tiktoken": lambda: {"qwen.tiktoken": packaged("dashscope", "resources/qwen.tiktoken")},
     "qwen": _qwen,
     "gpt-2": _gpt2,
     "seqio-t5": lambda: {

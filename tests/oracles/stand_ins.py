@@ -29,6 +29,11 @@ def _granite(config: Settings) -> Settings:
     }
 
 
+def _llama(config: Settings) -> Settings:
+    """InternLM 2's biases are those of llama's attention."""
+    return config | {"model_type": "llama", "attention_bias": config["bias"]}
+
+
 def _reads_only(model_type: str) -> Callable[[Settings], Settings]:
     """The language model of one that sees, without sections of its rotary embeddings."""
 
@@ -42,6 +47,17 @@ def _reads_only(model_type: str) -> Callable[[Settings], Settings]:
     return made
 
 
+def _first_qwen(config: Settings) -> Settings:
+    """It counts both halves of the MLP."""
+    rope = {"rope_type": "default", "rope_theta": float(config["rotary_emb_base"])}
+    return config | {
+        "model_type": "qwen2",
+        "intermediate_size": config["intermediate_size"] // 2,
+        "rms_norm_eps": config["layer_norm_epsilon"],
+        "rope_parameters": rope,
+    }
+
+
 MINICPM: Settings = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 48}
 #: By model_type: what makes its settings those of a type that transformers has, and what its own
 #: config.json holds beside them.
@@ -50,7 +66,11 @@ STAND_INS: dict[str, tuple[Callable[[Settings], Settings], Settings]] = {
     "mimo": (_reads_only("qwen2"), {}),
     "qwen2_vl_text": (_reads_only("qwen2"), {}),
     "qwen2_5_vl_text": (_reads_only("qwen2"), {}),
+    "glm4v_text": (_reads_only("glm4"), {}),
     "qwen3_vl_text": (_reads_only("qwen3"), {}),
+    "internlm2": (_llama, {"bias": False}),
+    "baichuan": (lambda config: config | {"model_type": "llama"}, {}),
+    "qwen": (_first_qwen, {"layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000}),
     "kimi_k2": (_reads_only("deepseek_v3"), {}),
     "youtu_llm": (_reads_only("youtu"), {}),
 }
@@ -61,7 +81,8 @@ def config_of(model_type: str, **settings: Any) -> Any:
     from transformers import AutoConfig
 
     if model_type in STAND_INS:
-        made = STAND_INS[model_type][0](settings)
+        stand_in, own = STAND_INS[model_type]
+        made = stand_in(own | settings)
         model_type = made.pop("model_type")
         settings = made
     return AutoConfig.for_model(model_type, **settings)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.checkpoints import SAVED, write_checkpoint
+from oracles.checkpoints import ALL, write_checkpoint
 from oracles.gguf_models import write_gguf_model
+from oracles.stand_ins import load_config
 from oracles.tiny import SENTENCES, write_tiny_llama
 
 import mlxedge
@@ -19,6 +20,7 @@ from mlxedge.calibration.imatrix import read_imatrix
 from mlxedge.calibration.statistics import FEWEST_TOKENS
 from mlxedge.calibration.texts import Sample, sample
 from mlxedge.layers import LayerRunner
+from mlxedge.models import ModelSpec, spec_for
 from mlxedge.prepare import prepare
 from mlxedge.sources import open_source
 
@@ -42,6 +44,19 @@ OTHERS = (
     "glm4-biases-three-quarters",
     "olmo2",
     "granite",
+    "apertus",
+    "ministral3",
+    "minicpm-tied",
+    "exaone",
+    "stablelm-parallel",
+    "phi",
+    "gpt2",
+    "gpt_neox",
+    "gpt_bigcode",
+    "gpt_bigcode-heads-untied-gelu",
+    "bloom",
+    "falcon-new",
+    "mpt-six-heads-clipped",
     "cohere2",
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
@@ -53,13 +68,14 @@ def inputs_by_transformers(folder: Path, ids: np.ndarray) -> dict[str, np.ndarra
     """What goes into each linear layer: f32 ``[tokens, cols]``, by its weight's name."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, config=load_config(folder), dtype=torch.float32, attn_implementation="eager"
     )
     seen: dict[str, list[np.ndarray]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
 
             def keep(module: Any, given: Any, key: str = f"{name}.weight") -> None:
                 seen.setdefault(key, []).append(given[0].reshape(-1, given[0].shape[-1]).numpy())
@@ -71,13 +87,26 @@ def inputs_by_transformers(folder: Path, ids: np.ndarray) -> dict[str, np.ndarra
     return {name: np.concatenate(parts) for name, parts in seen.items()}
 
 
+def canonical(spec: ModelSpec, stored: str) -> list[str]:
+    """The matrices that a stored one holds."""
+    if (found := spec.recast_of("stored", stored)) is None:
+        return [spec.canonical(stored)[0]]
+    recast, layer = found
+    return recast.at(layer, recast.canonical)
+
+
 @pytest.mark.parametrize("name", [*CHECKPOINTS, *OTHERS])
 def test_sums_and_hessians(name: str, tmp_path: Path) -> None:
     if name in CHECKPOINTS:
         folder = write_tiny_llama(tmp_path / "tiny", **CHECKPOINTS[name])
     else:
-        folder = write_checkpoint(tmp_path / "tiny", **SAVED[name])
-    expected = inputs_by_transformers(folder, IDS)
+        folder = write_checkpoint(tmp_path / "tiny", **ALL[name])
+    spec = spec_for(json.loads((folder / "config.json").read_text("utf-8")))
+    expected = {
+        name: x
+        for key, x in inputs_by_transformers(folder, IDS).items()
+        for name in canonical(spec, key)
+    }
     if json.loads((folder / "config.json").read_text("utf-8"))["tie_word_embeddings"]:
         expected["model.embed_tokens.weight"] = expected.pop("lm_head.weight")
     with open_source(folder) as opened:

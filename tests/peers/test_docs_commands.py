@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from oracles.adapters import write_adapter
+from oracles.hub_program import contents
 from oracles.hub_server import HubServer
 from oracles.tiny import write_tiny_llama
 
@@ -19,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 #: Stand for something of the reader's own.
 PLACEHOLDERS = {"SOURCE": REPO, "OUT": "out", "org/name": REPO}
+ADAPTER = "org/adapter"
 #: Shorter runs of what is printed; the model's context is small.
 SHORTER = {"mlxedge bench": " -p 32 -n 8 -r 2", "mlxedge generate": " -n 8"}
 
@@ -46,7 +49,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def hub(tmp_path: Path, environment: dict[str, str]) -> HubServer:
     folder = write_tiny_llama(tmp_path / "tiny")
     server = HubServer()
-    server.repo(REPO).commit({p.name: p.read_bytes() for p in folder.iterdir()}, "main")
+    server.repo(REPO).commit(contents(folder), "main")
+    adapter = write_adapter(tmp_path / "adapter", folder, "q_proj", "v_proj")
+    server.repo(ADAPTER).commit(contents(adapter), "main")
     environment["HF_ENDPOINT"] = server.url
     return server
 

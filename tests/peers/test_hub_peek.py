@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles.gguf_models import write_gguf_model
+from oracles.gguf_parts import STEM, split
 from oracles.hub_server import HubServer
 from oracles.tiny import write_tiny_llama
 
@@ -143,3 +145,14 @@ def test_errors_are_those_of_a_download(hub: HubServer, tmp_path: Path, source: 
         assert len(done.stderr.splitlines()) == 1
         kinds.append(json.loads(done.stdout))
     assert kinds[0] == kinds[1]
+
+
+def test_a_gguf_model_in_several_files(hub: HubServer, tmp_path: Path) -> None:
+    write_gguf_model(tmp_path / f"{STEM}.gguf")
+    parts = split(tmp_path / f"{STEM}.gguf", tmp_path / "parts", [5, 4, 3])
+    hub.repo("org/gguf").commit({p.name: p.read_bytes() for p in parts})
+    found = inspected(hub, tmp_path / "home", f"org/gguf/{parts[1].name}")
+    local = inspected(hub, tmp_path / "home", str(parts[1]))
+    assert found["parameters"] == local["parameters"]
+    assert [f["name"] for f in found["files"]] == [p.name for p in parts]
+    assert not list((tmp_path / "home").rglob("*.gguf"))

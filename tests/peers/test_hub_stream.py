@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles.hub_program import HubProgram, contents, outputs
 from oracles.hub_server import HubServer, sha256
 from oracles.tiny import write_tiny_llama
 
@@ -49,25 +48,7 @@ WEIGHTS = "model.safetensors"
 LAYERS = 6
 
 
-@dataclass
-class Program:
-    hub: HubServer
-    home: Path
-
-    def environment(self, **extra: str) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        return kept | {"HF_HOME": str(self.home), "HF_ENDPOINT": self.hub.url} | extra
-
-    def __call__(self, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "mlxedge", *arguments],
-            env=self.environment(**extra),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
+class Program(HubProgram):
     def command(self, targets: list[str], out: Path, **options: Any) -> list[str]:
         arguments = json.dumps(["org/tiny", targets, str(out), options])
         return [sys.executable, "-c", CLIENT, arguments]
@@ -84,9 +65,6 @@ class Program:
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
         return found
-
-    def weights_on_disk(self) -> list[Path]:
-        return [p for p in self.home.rglob("*") if p.is_file() and p.stat().st_size > 1 << 19]
 
 
 @pytest.fixture
@@ -109,16 +87,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def on_hub(hub: HubServer, folder: Path) -> str:
     return hub.repo("org/tiny").commit(contents(folder))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
-
-
-def outputs(out: Path) -> dict[str, bytes]:
-    return {n: data for n, data in contents(out).items() if not n.endswith(".mlxedge.json")}
 
 
 def served(hub: HubServer) -> int:

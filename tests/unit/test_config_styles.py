@@ -25,13 +25,15 @@ def saved_config(**settings: Any) -> dict[str, Any]:
 def of_old(config: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings apart, the type of layers left out where it is the usual one."""
     made = dict(config)
+    if "rope_parameters" not in config:
+        return made
     rope = made.pop("rope_parameters")
     if "full_attention" in rope:
         made["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     scaling = dict(rope)
     made["rope_theta"] = scaling.pop("rope_theta")
-    if (fraction := scaling.pop("partial_rotary_factor", 1.0)) != 1.0:
+    if (fraction := scaling.pop("partial_rotary_factor", None)) is not None:
         made["partial_rotary_factor"] = fraction
     scaling["type"] = scaling.pop("rope_type")
     made["rope_scaling"] = scaling if scaling["type"] != "default" else None

@@ -22,6 +22,7 @@ from mlxedge.prepare import prepare
 from mlxedge.sources import open_source
 from mlxedge.sources.checkpoint import Checkpoint
 from mlxedge.sources.folder import read_base_model
+from mlxedge.sources.recasts import to_world
 from mlxedge.targets import parse_target
 
 Weights = dict[str, np.ndarray]
@@ -112,7 +113,11 @@ def test_tensors_beyond_the_model_are_refused(
 
 @pytest.mark.parametrize("model_type", known_model_types())
 def test_expected_tensors_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
-    fixed_heads = ("olmoe", "qwen2", "qwen2_moe", "stablelm")
+    fixed_heads = {
+        *("baichuan", "bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium"),
+        *("internlm2", "mpt", "olmoe", "phi", "qwen", "qwen2", "qwen2_5_vl_text", "qwen2_moe"),
+        *("qwen2_vl_text", "stablelm"),
+    }
     settings = {"head_dim": 48} if model_type not in fixed_heads else {}
     if model_type == "llama":
         settings |= {"attention_bias": True, "mlp_bias": True}
@@ -124,7 +129,11 @@ def test_expected_tensors_are_those_of_transformers(model_type: str, tmp_path: P
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         assert spec.expected(checkpoint.config) == shapes
         # And back: by the names that transformers gave them.
-        stored = [n for name, shape in shapes.items() for n in spec.to_stored(name, shape[0])]
+        made = to_world(spec, checkpoint.config, checkpoint.tensors, "stored")
+        stored: list[str] = []
+        for name, tensor in made.items():
+            count = (*tensor.shape, 1)[0]
+            stored += [tensor.name] if tensor.name != name else spec.to_stored(name, count)
         assert sorted(stored) == sorted(opened.tensors)
 
 

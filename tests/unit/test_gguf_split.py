@@ -3,68 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from oracles.gguf_models import write_gguf_model
+from oracles.gguf_parts import STEM, split, write_part
 from oracles.llama_cpp import LlamaCpp
 
 from mlxedge import gguf_values as gv
 from mlxedge.conversion import convert
 from mlxedge.errors import CorruptFileError, MlxedgeError, SourceNotFoundError, UsageError
 from mlxedge.inspect import inspect
-from mlxedge.outputs.gguf_file import ALIGNMENT, header_bytes
 from mlxedge.sources import open_source
-from mlxedge.sources.gguf import GgufTensor, read_gguf
+from mlxedge.sources.gguf import read_gguf
 from mlxedge.sources.gguf_names import first_parts, part_names
 from mlxedge.sources.gguf_split import read_model
-
-STEM = "tiny-F32"
-
-
-def write_part(
-    path: Path,
-    source: Path,
-    tensors: Sequence[GgufTensor],
-    number: int,
-    count: int,
-    total: int,
-    **keys: gv.GgufValue,
-) -> None:
-    """One part, as ``split_strategy`` of llama.cpp's tools/gguf-split writes it."""
-    metadata = dict(read_gguf(source).metadata) if number == 0 else {}
-    metadata |= {
-        "split.no": gv.GgufValue("u16", number),
-        "split.count": gv.GgufValue("u16", count),
-        "split.tensors.count": gv.GgufValue("i32", total),
-        **keys,
-    }
-    infos, end, data = [], 0, b""
-    raw = source.read_bytes()
-    for tensor in tensors:
-        infos.append((tensor.name, tensor.shape, tensor.encoding, end))
-        content = raw[tensor.offset : tensor.offset + tensor.nbytes]
-        data += content + bytes(-len(content) % ALIGNMENT)
-        end = len(data)
-    path.write_bytes(header_bytes(metadata, infos) + data)
-
-
-def split(source: Path, folder: Path, sizes: Sequence[int]) -> list[Path]:
-    """``source`` in as many parts as there are ``sizes``, which count their tensors."""
-    tensors = read_gguf(source).tensors
-    folder.mkdir()
-    paths = []
-    for number, size in enumerate(sizes):
-        first = sum(sizes[:number])
-        paths.append(folder / f"{STEM}-{number + 1:05d}-of-{len(sizes):05d}.gguf")
-        write_part(
-            paths[-1], source, tensors[first : first + size], number, len(sizes), len(tensors)
-        )
-    assert sum(sizes) == len(tensors)
-    return paths
 
 
 @pytest.fixture

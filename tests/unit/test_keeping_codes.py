@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from oracles.adapters import write_adapter
 from oracles.llama_cpp import LlamaCpp
 from oracles.quantized_folder import awq_model
+from oracles.tiny import write_tiny_llama
 
 from mlxedge.cli import main
 from mlxedge.conversion import convert
@@ -131,7 +133,7 @@ def test_the_plan_says_what_becomes_of_codes(tiny: Path, tmp_path: Path) -> None
     ]
     shown = CliRunner().invoke(main, [*command, "--dry-run"], catch_exceptions=False).output
     assert "of the tensors that are quantized already: 14 exact, 1 requantized" in shown
-    assert "quantizes it a second time" in shown
+    assert "quantizes 1 of its 15 quantized tensors a second time" in shown
     done = CliRunner().invoke(main, [*command, "--dry-run", "--json"], catch_exceptions=False)
     found = json.loads(done.stdout)["plan"]["outputs"][0]["kept"]
     assert found["requantized"] == ["token_embd.weight"]  # the recipe gives it six bits
@@ -167,3 +169,85 @@ def test_one_group_that_does_not_fit_is_told_in_advance(tiny: Path, tmp_path: Pa
     (planned,) = (t for t in plan.outputs[0].tensors if t.name == "blk.0.ffn_up.weight")
     assert (planned.how, planned.kept) == ("encode", "requantized")
     assert set(found.values()) == {"exact"}
+
+
+def notes(source: Path, target: str, folder: Path, *options: str) -> list[str]:
+    """What the plan says of codes, on one line each."""
+    command = ["convert", str(source), "--to", target, "-o", str(folder / "out"), "--dry-run"]
+    done = CliRunner().invoke(main, [*command, "--json", *options], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (output,) = json.loads(done.stdout)["plan"]["outputs"]
+    return [note for note in output["notes"] if "second time" in note]
+
+
+def test_a_recipe_that_keeps_all_but_some_says_which_option_keeps_those(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """The recipe itself means what it means in llama.cpp."""
+    make(tiny, "mlx:4bit-g32", tmp_path / "mlx")
+    (note,) = notes(tmp_path / "mlx", "gguf:q4_1", tmp_path)
+    assert "token_embd.weight: q6_k by the recipe's mix" in note
+    assert "--pure would keep the codes as q4_1" in note
+    assert notes(tmp_path / "mlx", "gguf:q4_1", tmp_path, "--pure") == []
+    # As told is as wanted.
+    (told,) = notes(tmp_path / "mlx", "gguf:q4_1", tmp_path, "--embedding-type", "q8_0")
+    assert "--pure" not in told
+
+
+def test_floats_beside_codes_are_left_to_the_mix(tmp_path: Path) -> None:
+    """--pure would take the bits from an embedding of floats; a rule for the others does not."""
+    _, source = awq_model(tmp_path)
+    options = ("--tensor", "ffn_down=q5_k")
+    (told,) = notes(source, "gguf:q4_1", tmp_path, "--no-calibrate", *options)
+    assert "--tensor" not in told
+    make(source, "mlx:4bit-g32", tmp_path / "mlx", overrides=parse_overrides(("embed=bf16",)))
+    (note,) = notes(tmp_path / "mlx", "gguf:q5_k_m", tmp_path)
+    assert "gguf:q4_1 would keep its codes" in note
+    assert notes(tmp_path / "mlx", "gguf:q4_1", tmp_path, "--no-calibrate") == []
+
+
+def test_a_mix_beside_floats(tmp_path: Path) -> None:
+    tiny, stored = write_tiny_llama(tmp_path / "tiny", layers=8), tmp_path / "first.gguf"
+    make(tiny, "gguf:q4_0", stored, overrides=parse_overrides((), embedding="f16", pure=True))
+    (note,) = notes(stored, "gguf:q4_0", tmp_path)
+    option = "--tensor 'ffn_down=q4_0'"
+    assert f"blk.0.ffn_down.weight: q4_1 by the recipe's mix, and {option} would keep" in note
+    assert notes(stored, "gguf:q4_0", tmp_path, "--tensor", "ffn_down=q4_0") == []
+
+
+@pytest.mark.parametrize(
+    ("first", "target", "advice"),
+    [
+        ("mlx:4bit-g32", "gguf:q4_k_m", "gguf:q4_1 with --pure would keep its codes"),
+        ("mlx:4bit", "gguf:q4_k_m", "gguf:q4_1 with --pure would keep its codes"),
+        ("mlx:4bit-g32", "mlx:3bit", "mlx:4bit-g32 would keep its codes"),
+        ("mlx:6bit", "gguf:q6_k", "docs/conversion.md says"),
+        ("gguf:q4_k_s", "mlx:4bit", "mlx:4bit-g32 would keep its codes"),
+        ("gguf:q8_0", "mlx:4bit", "mlx:8bit-g32 would keep its codes"),
+        ("gguf:q6_k", "mlx:6bit", "docs/conversion.md says"),
+        ("gguf:q8_0", "gguf:q4_k_m", "gguf:q8_0 with --pure would keep its codes"),
+    ],
+)
+def test_another_target_that_keeps_codes_is_named(
+    tiny: Path, tmp_path: Path, first: str, target: str, advice: str
+) -> None:
+    source = tmp_path / ("first.gguf" if first.startswith("gguf") else "first")
+    make(tiny, first, source, overrides=PURE if first.startswith("gguf") else parse_overrides(()))
+    (note,) = notes(source, target, tmp_path)
+    assert advice in note
+    # The advice is true.
+    if "would keep its codes" in advice:
+        named = advice.split()[0]
+        options = ("--pure",) if "--pure" in advice else ()
+        assert notes(source, named, tmp_path, *options) == []
+
+
+def test_what_an_adapter_changes(tiny: Path, tmp_path: Path) -> None:
+    make(tiny, "mlx:4bit-g32", tmp_path / "mlx")
+    adapter = write_adapter(tmp_path / "lora", tiny, "q_proj")
+    options = ("--adapter", str(adapter))
+    (note,) = notes(tmp_path / "mlx", "mlx:4bit-g32", tmp_path, *options)
+    assert "2 of its 15 quantized tensors a second time" in note
+    assert "an adapter changes has no codes to keep" in note
+    (note,) = notes(tmp_path / "mlx", "gguf:q4_k_m", tmp_path, *options)
+    assert "gguf:q4_1 with --pure would keep the codes of 13 of these 15 tensors" in note

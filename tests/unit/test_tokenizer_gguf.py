@@ -329,7 +329,8 @@ TOKENS = len(byte_level_metadata("gpt-2")[KEY + "tokens"].value)
     [
         ({KEY + "model": None}, "model is missing"),
         ({KEY + "model": u32(1)}, "is of type u32, expected str"),
-        ({KEY + "model": string("bert")}, "'bert'; only gpt2, gemma4, llama, t5"),
+        ({KEY + "model": string("bert")}, "WordPiece, which BERT and other encoders have"),
+        ({KEY + "model": string("rwkv")}, "'rwkv'; only gpt2, gemma4, llama, t5"),
         ({KEY + "pre": string("nonesuch")}, "'nonesuch' is not one that"),
         ({KEY + "pre": string("whitespace")}, "'whitespace' has no equivalent"),
         ({KEY + "tokens": None}, "tokens is missing"),
@@ -382,3 +383,13 @@ def test_silence_has_the_meaning_that_llama_cpp_gives_it() -> None:
         tokenizer = load(from_gguf(broken(change)))
         assert (tokenizer.encode("a")[0] == tokenizer.bos_id) is adds
     assert load(from_gguf(broken({KEY + "add_bos_token": None}, spm=True))).encode("")[:1] == [1]
+
+
+def test_wordpiece_is_refused_for_what_it_is() -> None:
+    made = {
+        "added_tokens": [],
+        "model": {"type": "WordPiece", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]",
+                  "continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+    }  # fmt: skip
+    with pytest.raises(TokenizerError, match="WordPiece, which BERT and other encoders have"):
+        to_gguf(TokenizerSpec({"tokenizer.json": json.dumps(made).encode()}), {})
