@@ -29,6 +29,7 @@ from mlxedge.fallback.experts import (
 )
 from mlxedge.fallback.forward_ops import PART_FIELDS, grain, scratch_bytes, step_kernel
 from mlxedge.fallback.lanes import LANES
+from mlxedge.fallback.latent import unfold_kernel
 from mlxedge.fallback.linear import Matrix
 
 #: Matrices that fit the fields of one step, after the function's address and the five of a linear.
@@ -453,6 +454,24 @@ class Tape:
         self._record(attention.keep_kernel(), len(self._steps), *shared)
         self._record(attention.attend_kernel(), len(self._steps), *shared)
         return slot
+
+    def unfold(self, kv: Buffer, rotary: Buffer, keys: Buffer, values: Buffer, heads: int) -> None:
+        """Of each head h the key is the first part of its piece of ``kv`` and then ``rotary``,
+        which all share, its value the rest of the piece.
+
+        Raises UsageError where the widths do not add up.
+        """
+        turned, value = rotary.width, values.width // heads
+        plain = keys.width // heads - turned
+        sizes = (plain + value, plain + turned, value)
+        widths = (kv.width, keys.width, values.width)
+        if plain < 0 or widths != tuple(heads * size for size in sizes):
+            raise UsageError(
+                f"{heads} heads of keys {keys.width}, of which {turned} are shared, and values "
+                f"{values.width} are not made of {kv.width}"
+            )
+        fields = kv.offset, rotary.offset, keys.offset, values.offset
+        self._record(unfold_kernel(), *fields, heads, plain, turned, value)
 
     def state(self, cells: int) -> int:
         """The slot of a new recurrent layer, which keeps ``cells`` f32."""

@@ -10,6 +10,7 @@ from oracles import (
     architectures,
     architectures_dense,
     architectures_fused,
+    architectures_mla,
     architectures_moe,
 )
 from oracles.renamed import rename
@@ -181,7 +182,10 @@ SAVED: dict[str, dict[str, Any]] = {
 PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
 #: What is not read at all: type and settings, and the reason.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {}
-for family in (architectures, architectures_dense, architectures_fused, architectures_moe):
+for family in (
+    *(architectures, architectures_dense, architectures_fused, architectures_mla),
+    architectures_moe,
+):
     OWN |= family.OWN
     SAVED |= family.SAVED
     PARTIAL |= family.PARTIAL

@@ -25,13 +25,14 @@ from mlxedge.sources.gguf import read_gguf
 
 MODELS = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe"),
-    *("gpt_oss", "granitemoe", "minimax_m2", "dots1", "afmoe"),
+    *("gpt_oss", "granitemoe", "minimax_m2", "dots1", "afmoe", "deepseek_v3"),
 )
 #: The width of an expert of these is ``intermediate_size``.
 ONE_WIDTH = ("mixtral", "olmoe", "gpt_oss", "granitemoe", "minimax_m2")
 #: What leaves two layers with experts.
 LAYERS = {
     "glm4_moe": {"first_k_dense_replace": 0},
+    "deepseek_v3": {"first_k_dense_replace": 0},
     "dots1": {"first_k_dense_replace": 0},
     "afmoe": {"num_hidden_layers": 4, "num_dense_layers": 2},
 }
