@@ -29,6 +29,7 @@ from mlxedge.fallback.experts import (
 )
 from mlxedge.fallback.forward_ops import PART_FIELDS, grain, scratch_bytes, step_kernel
 from mlxedge.fallback.lanes import LANES
+from mlxedge.fallback.latent import unfold_kernel
 from mlxedge.fallback.linear import Matrix
 
 #: Matrices that fit the fields of one step, after the function's address and the five of a linear.
@@ -37,7 +38,7 @@ _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
 #: How a router's logits become scores: see :meth:`Tape.route`.
 Score = Literal["softmax", "sigmoid", "softmax_top"]
 #: See :mod:`mlxedge.fallback.activations`.
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu", "sigmoid"]
 #: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
 #: which expert of how many that is for: 0 of 1, but for the taps of experts.
 Watch = Callable[[Any, np.ndarray, int, int], None]
@@ -273,6 +274,13 @@ class Tape:
         fields = gate.offset, offset, gate.width, gate.slots, ACTIVATIONS[activation]
         self._record(step_kernel("gate"), *fields, self._vector(numbers))
 
+    def clamped_gate(self, gate: Buffer, up: Buffer, alpha: float, limit: float) -> None:
+        """gate = g · sigmoid(alpha · g) · (u + 1), where g is gate up to ``limit`` and u is up
+        within ± ``limit``, for every position or slot: that of gpt-oss
+        (openai/gpt-oss, ``gpt_oss/torch/model.py``)."""
+        fields = gate.offset, up.offset, gate.width, gate.slots, _bits(alpha), _bits(limit)
+        self._record(step_kernel("clamped_gate"), *fields)
+
     def add(self, x: Buffer, to: Buffer, factor: float = 1.0) -> None:
         """to += factor · x."""
         self._record(step_kernel("add"), x.offset, to.offset, x.width, _bits(factor))
@@ -370,9 +378,10 @@ class Tape:
                 fields += [p.matrix.address, p.out.width, p.out.offset, self._vector(bias)]
             self._expert_step("products", x, choice, *fields)
 
-    def combine(self, x: Buffer, choice: Choice, add_to: Buffer) -> None:
-        """add_to += Σ weight · x over the slots of each position, the first choice first."""
-        self._expert_step("combine", x, choice, add_to.offset)
+    def combine(self, x: Buffer, choice: Choice, out: Buffer, *, add: bool = True) -> None:
+        """out = Σ weight · x over the slots of each position, the first choice first; or out +=
+        that, to ``add`` it."""
+        self._expert_step("combine", x, choice, out.offset, int(add))
 
     def expert_tap(self, name: Any, x: Buffer, choice: Choice) -> None:
         """Let who walks the tape look at the rows of ``x`` of each expert that has some, in the
@@ -445,6 +454,24 @@ class Tape:
         self._record(attention.keep_kernel(), len(self._steps), *shared)
         self._record(attention.attend_kernel(), len(self._steps), *shared)
         return slot
+
+    def unfold(self, kv: Buffer, rotary: Buffer, keys: Buffer, values: Buffer, heads: int) -> None:
+        """Of each head h the key is the first part of its piece of ``kv`` and then ``rotary``,
+        which all share, its value the rest of the piece.
+
+        Raises UsageError where the widths do not add up.
+        """
+        turned, value = rotary.width, values.width // heads
+        plain = keys.width // heads - turned
+        sizes = (plain + value, plain + turned, value)
+        widths = (kv.width, keys.width, values.width)
+        if plain < 0 or widths != tuple(heads * size for size in sizes):
+            raise UsageError(
+                f"{heads} heads of keys {keys.width}, of which {turned} are shared, and values "
+                f"{values.width} are not made of {kv.width}"
+            )
+        fields = kv.offset, rotary.offset, keys.offset, values.offset
+        self._record(unfold_kernel(), *fields, heads, plain, turned, value)
 
     def state(self, cells: int) -> int:
         """The slot of a new recurrent layer, which keeps ``cells`` f32."""

@@ -85,9 +85,7 @@ def predict(
 ) -> Prediction:
     """Raises UsageError for a chip that is not known, and a context longer than the model's."""
     if not 0 < context <= work.longest_context:
-        raise UsageError(
-            f"{work.name} has a context of {work.longest_context} tokens, not {context}"
-        )
+        raise UsageError(f"the model has a context of {work.longest_context} tokens, not {context}")
     cache = work.cache(context) if work.cache else None
     total = work.weight_bytes + (cache or 0) + _RUNTIME_BYTES
     available = None if memory_bytes is None else gpu_bytes(memory_bytes)

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from mlxedge.bench.predict import Prediction
 
 
+_CONTEXT = 4096
+
+
 class _Memory(click.ParamType):
     """``16GB``; a Mac's gigabytes are of 2^30 bytes, and so are these."""
 
@@ -35,8 +38,9 @@ class _Memory(click.ParamType):
 @click.option("--gpu-cores", type=click.IntRange(min=1), metavar="N",
               help="Its GPU cores, where it comes with several numbers of them.")  # fmt: skip
 @click.option("--memory", type=_Memory(), help="The Mac's memory.  [default: this Mac's]")
-@click.option("-c", "--context", type=click.IntRange(min=1), default=4096, show_default=True,
-              metavar="N", help="Tokens of context.")  # fmt: skip
+@click.option("-c", "--context", type=click.IntRange(min=1), metavar="N",
+              help="Tokens of context.  "
+              "[default: 4096, or the model's if that is shorter]")  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.")
 @click.option("--json", "as_json", is_flag=True, help="Print the predictions as JSON.")
 def command(
@@ -45,7 +49,7 @@ def command(
     chip: str | None,
     gpu_cores: int | None,
     memory: int | None,
-    context: int,
+    context: int | None,
     revision: str | None,
     as_json: bool,
 ) -> None:
@@ -78,7 +82,13 @@ def command(
         )
     with found.reopen() as checkpoint:
         made = [
-            predict(work, context, chip=chip, gpu_cores=gpu_cores, memory_bytes=memory)
+            predict(
+                work,
+                context or min(_CONTEXT, work.longest_context),
+                chip=chip,
+                gpu_cores=gpu_cores,
+                memory_bytes=memory,
+            )
             for work in works(checkpoint, wanted)
         ]
     if as_json:

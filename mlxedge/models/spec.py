@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.gguf_values import GgufValue, Metadata
 from mlxedge.models.experts import ROUTER, SHARED_GATE, Experts
+from mlxedge.models.mixers import load_mixer
 from mlxedge.models.recasts import Recast, World
 from mlxedge.models.rope import Rope
 from mlxedge.models.wiring import PRE_NORM, Factors, Wiring
@@ -174,7 +175,9 @@ class ModelSpec:
         """The canonical matrices that have the input of a GGUF matrix; none if it is unknown."""
         if (found := self.recast_of("gguf", gguf_name)) is not None:
             recast, layer = found
-            return tuple(recast.at(layer, recast.canonical)) if recast.keeps_columns else ()
+            number = recast.at(layer, recast.other).index(gguf_name)
+            names = recast.at(layer, recast.canonical)
+            return tuple(names) if recast.keeps(number) else ()
         mapped = self.from_gguf(gguf_name)
         return () if mapped is None else (mapped[0],)
 
@@ -183,9 +186,17 @@ class ModelSpec:
         for recast in self.recasts:
             layer = recast.layer_of(hf_name, recast.canonical) if recast.world == "gguf" else None
             if layer is not None:
-                return tuple(recast.at(layer, recast.other)) if recast.keeps_columns else ()
+                others = recast.at(layer, recast.other)
+                return tuple(own for n, own in enumerate(others) if recast.keeps(n))
         mapped = self.to_gguf(hf_name)
         return () if mapped is None else (mapped[0],)
+
+    def stacked_in_gguf(self, gguf_name: str, config: Config) -> int:
+        """How many matrices a GGUF tensor stacks that are one in the canonical one."""
+        if (found := self.recast_of("gguf", gguf_name)) is None:
+            return 1
+        recast, layer = found
+        return recast.matrices(recast.at(layer, recast.other).index(gguf_name), config)
 
     def listed(self, layers: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         """Arrays of GGUF's metadata, by key, that hold tensors of one number: of each of
@@ -304,6 +315,8 @@ class ModelSpec:
             "kv": head * config["num_key_value_heads"],
             "qkv": head * (config["num_attention_heads"] + 2 * config["num_key_value_heads"]),
         }
+        for mixer in dict.fromkeys(self.mixers(config)):
+            found |= load_mixer(mixer).sizes(config)
         return found | (self.experts.sizes(config) if self.experts else {})
 
     def check_tensors(

@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from oracles import architectures, architectures_dense, architectures_fused
+from oracles import (
+    architectures,
+    architectures_dense,
+    architectures_fused,
+    architectures_mla,
+    architectures_moe,
+)
 from oracles.renamed import rename
 from oracles.stand_ins import STAND_INS, config_of, hub_config
 from oracles.tiny import write_tokenizer
@@ -172,11 +178,18 @@ SAVED: dict[str, dict[str, Any]] = {
         "logit_scale": 1.5,
     },
 }
-for family in (architectures, architectures_dense, architectures_fused):
+#: Type and settings, and of the runtime that refuses the reason.
+PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
+#: What is not read at all: type and settings, and the reason.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {}
+for family in (
+    *(architectures, architectures_dense, architectures_fused, architectures_mla),
+    architectures_moe,
+):
     OWN |= family.OWN
     SAVED |= family.SAVED
-#: Type and settings, and of the runtime that refuses the reason.
-PARTIAL = architectures.PARTIAL | architectures_dense.PARTIAL | architectures_fused.PARTIAL
+    PARTIAL |= family.PARTIAL
+    REFUSED |= family.REFUSED
 #: The settings of all.
 ALL = SAVED | {name: settings for name, (settings, _) in PARTIAL.items()}
 
