@@ -10,8 +10,9 @@ from mlxedge.fallback.lanes import inline, spread, where
 from mlxedge.fallback.tiles import exp
 
 #: As steps know them; the GELUs are the exact one and Hendrycks and Gimpel's with a hyperbolic
-#: tangent (arXiv 1606.08415), "relu2" is the square of ReLU.
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
+#: tangent (arXiv 1606.08415), "relu2" is the square of ReLU, "none" leaves
+#: values as they are.
+ACTIVATIONS = {"none": -1, "silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 _GELU_TANH, _GELU, _RELU2 = (ACTIVATIONS[n] for n in ("gelu_tanh", "gelu", "relu2"))
 
 _ZERO, _ONE, _TWO, _HALF = (np.float32(x) for x in (0.0, 1.0, 2.0, 0.5))
@@ -48,6 +49,8 @@ def _gelu(v: Any) -> Any:
 @inline
 def activate(kind: int, v: Any) -> Any:
     """The activation ``kind`` of each lane."""
+    if kind < 0:
+        return v
     if kind == _GELU_TANH:
         # x · (1 + tanh u) / 2 = x / (1 + exp(-2u))
         return v / (exp((v * v * v * _CUBIC + v) * -_STEEP) + _ONE)

@@ -30,8 +30,6 @@ from mlxedge.fallback.tiles import fma, zeros
 
 #: Fields of a step, after the function's address.
 _X, _OUT, _SLOT, _VECTORS, _WIDTH, _WEIGHT, _BIAS, _ACTIVATION = (8 * i for i in range(1, 9))
-#: In the field of the activation: none.
-NO_ACTIVATION = -1
 
 
 def _convolve(step: int, frame: int, thread: int) -> None:
@@ -66,9 +64,7 @@ def _convolve(step: int, frame: int, thread: int) -> None:
                 j = i - kept + k
                 p = x + j * x_row + at if j >= 0 else state + (j + kept) * row + at
                 v = fma(load_f32(weight + k * row + at), load_f32(p), v)
-            if kind >= 0:
-                v = activate(kind, v)
-            store_f32(out + i * out_row + at, v)
+            store_f32(out + i * out_row + at, activate(kind, v))
         for k in range(kept):
             store_f32(state + k * row + at, load_f32(later + 64 * k))
 

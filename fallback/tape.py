@@ -36,7 +36,7 @@ _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
 #: How a router's logits become scores: see :meth:`Tape.route`.
 Score = Literal["softmax", "sigmoid", "softmax_top"]
 #: See :mod:`mlxedge.fallback.activations`.
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
+Activation = Literal["none", "silu", "gelu_tanh", "gelu", "relu2"]
 #: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
 #: which expert of how many that is for: 0 of 1, but for the taps of experts.
 Watch = Callable[[Any, np.ndarray, int, int], None]
@@ -428,7 +428,7 @@ class Tape:
         weight: np.ndarray,
         *,
         bias: np.ndarray | None = None,
-        activation: Activation | None = "silu",
+        activation: Activation = "silu",
     ) -> int:
         """out = activation(the convolution of each channel of ``x`` with its row of ``weight``,
         f32 ``[channels, width]``, the last of which is for the position itself, + bias); x may be
@@ -442,9 +442,8 @@ class Tape:
         slot = self.state(causal_conv.state_cells(channels, width))
         self._scratch = max(self._scratch, causal_conv.scratch_bytes(width))
         vectors = self._vector(causal_conv.packed(weight)), self._vector(bias)
-        kind = causal_conv.NO_ACTIVATION if activation is None else ACTIVATIONS[activation]
         shared = x.offset, out.offset, slot, x.stored // LANES, width
-        self._record(causal_conv.conv_kernel(), *shared, *vectors, kind)
+        self._record(causal_conv.conv_kernel(), *shared, *vectors, ACTIVATIONS[activation])
         return slot
 
     def _slot(self, slot: KeyValues | State) -> int:

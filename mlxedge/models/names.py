@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +66,14 @@ def names(
         *(_expert_names(experts, block, parts) if experts else ()),
     ]
     return tuple(_called(name, called or {}) for name in made)
+
+
+def in_layers(
+    made: Sequence[Name], module: str, layers: Callable[[Config], Collection[int]]
+) -> tuple[Name, ...]:
+    """Those of a ``module`` of a block are in some layers only."""
+    within = f"{_BLOCK}{module}."
+    return tuple(replace(n, layers=layers) if n.hf.startswith(within) else n for n in made)
 
 
 def _attention(wiring: Wiring, rope_rows: bool, bias: Given) -> Iterator[tuple[Any, ...]]:

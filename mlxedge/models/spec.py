@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.gguf_values import GgufValue, Metadata
+from mlxedge.models.mixers import load_mixer
 from mlxedge.models.experts import ROUTER, SHARED_GATE, Experts
 from mlxedge.models.recasts import Recast, World
 from mlxedge.models.rope import Rope
@@ -194,7 +195,7 @@ class ModelSpec:
         for pattern, name in self._by_hf:
             if match := pattern.fullmatch(hf_name):
                 found: str | None = getattr(name, world)
-                return None if found is None else found.replace("{i}", match.groupdict()["i"])
+                return None if found is None else found.replace("{i}", match.groupdict().get("i", ""))
         return None
 
     def canonical(self, name: str) -> tuple[str, int | None]:
@@ -250,6 +251,7 @@ class ModelSpec:
         """What the words in ``Name.shape`` stand for."""
         head = config["head_dim"]
         found = {
+            "one": 1,
             "vocab": config["vocab_size"],
             "hidden": config["hidden_size"],
             "intermediate": config["intermediate_size"],
@@ -261,6 +263,8 @@ class ModelSpec:
             "kv": head * config["num_key_value_heads"],
             "qkv": head * (config["num_attention_heads"] + 2 * config["num_key_value_heads"]),
         }
+        for mixer in dict.fromkeys(self.mixers(config)):
+            found |= load_mixer(mixer).sizes(config)
         return found | (self.experts.sizes(config) if self.experts else {})
 
     def check_tensors(

@@ -214,11 +214,14 @@ def without_imatrix(plan: OutputPlan) -> str | None:
 
 def _shape(spec: ModelSpec, config: dict[str, Any]) -> llama_cpp.Shape:
     layers = config["num_hidden_layers"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    heads = config["num_attention_heads"]
+    kv_heads = spec.gguf_metadata(config)[f"{spec.gguf_arch}.attention.head_count_kv"].value
+    if not isinstance(kv_heads, int):  # by layer, 0 where there is no attention
+        kv_heads = kv_heads[0]
     many = layers == 80 and (spec.gguf_arch == "qwen2" or heads != kv_heads)
     return llama_cpp.Shape(
         layers=layers,
-        gqa=heads // kv_heads,
+        gqa=heads // kv_heads if kv_heads else 0,
         experts=config["num_experts"] if spec.experts else 0,
         is_70b=many and spec.gguf_arch in ("llama", "qwen2", "deci", "olmo"),
     )

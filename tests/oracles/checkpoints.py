@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from oracles import architectures
+from oracles import architectures, architectures_recurrent
 from oracles.tiny import write_tokenizer
 
 #: Small, and large enough that groups of 32 and 64 fit.
@@ -169,8 +169,8 @@ SAVED: dict[str, dict[str, Any]] = {
         "logit_scale": 1.5,
     },
 }
-OWN |= architectures.OWN
-SAVED |= architectures.SAVED
+OWN |= architectures.OWN | architectures_recurrent.OWN
+SAVED |= architectures.SAVED | architectures_recurrent.SAVED
 
 
 def write_checkpoint(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles import architectures
+from oracles import architectures, architectures_recurrent
 from oracles.checkpoints import (
     FULL,
     GRANITE,
@@ -260,12 +260,13 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"mlx": "needs heads that add up"},
     ),
 }
-PARTIAL |= architectures.PARTIAL
+PARTIAL |= architectures.PARTIAL | architectures_recurrent.PARTIAL
+REFUSED = architectures.REFUSED | architectures_recurrent.REFUSED
 
 
-@pytest.mark.parametrize("name", architectures.REFUSED)
+@pytest.mark.parametrize("name", REFUSED)
 def test_what_no_program_of_ours_computes_is_refused(name: str, tmp_path: Path) -> None:
-    settings, reason = architectures.REFUSED[name]
+    settings, reason = REFUSED[name]
     folder = write_checkpoint(tmp_path / "source", **settings)
     with pytest.raises(UnsupportedModelError, match=reason):
         mlxedge.convert(folder, "gguf:f32", tmp_path / "out.gguf")
