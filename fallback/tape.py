@@ -29,6 +29,7 @@ from mlxedge.fallback.experts import (
 from mlxedge.fallback.forward_ops import PART_FIELDS, grain, scratch_bytes, step_kernel
 from mlxedge.fallback.lanes import LANES
 from mlxedge.fallback.linear import Matrix
+from mlxedge.fallback.recurrent import RecurrentSteps
 
 #: Matrices that fit the fields of one step, after the function's address and the five of a linear.
 _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
@@ -151,7 +152,7 @@ class HostedProduct:
             arrays[product.add_to.number][:n, :rows] += out
 
 
-class Tape:
+class Tape(RecurrentSteps):
     """The steps of a forward pass, recorded in order.
 
     Everything recorded stays alive as long as the tape. Vectors (weights of norms, biases) are f32.

@@ -195,7 +195,9 @@ class ModelSpec:
         for pattern, name in self._by_hf:
             if match := pattern.fullmatch(hf_name):
                 found: str | None = getattr(name, world)
-                return None if found is None else found.replace("{i}", match.groupdict().get("i", ""))
+                return (
+                    None if found is None else found.replace("{i}", match.groupdict().get("i", ""))
+                )
         return None
 
     def canonical(self, name: str) -> tuple[str, int | None]:

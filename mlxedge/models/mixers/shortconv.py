@@ -42,9 +42,7 @@ def names(layers: Callable[[Config], Collection[int]]) -> tuple[Name, ...]:
     ):
         own = f"blk.{{i}}.shortconv.{gguf}.weight" if gguf else ""
         made.append(Name(f"{_BLOCK}{module}.weight", own, (rows, *cols), layers=layers))
-        made.append(
-            Name(f"{_BLOCK}{module}.bias", "", (rows,), present=_biased, layers=layers)
-        )
+        made.append(Name(f"{_BLOCK}{module}.bias", "", (rows,), present=_biased, layers=layers))
     return tuple(made)
 
 
