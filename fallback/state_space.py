@@ -1,4 +1,4 @@
-"""Selective state spaces: the recurrences of Mamba (arXiv 2312.00752) and Mamba-2 (arXiv 2405.21060).
+"""Selective state spaces: the scans of Mamba (arXiv 2312.00752) and Mamba-2 (arXiv 2405.21060).
 
 A channel c of a position i has the state h[i] = exp(A · dt[i]) · h[i - 1] + dt[i] · x[i] · B[i] of
 ``size`` numbers and gives y[i] = C[i] · h[i] + D · x[i]. In Mamba-2 the channels of a head share A

@@ -87,7 +87,7 @@ def _settle(config: Config) -> Config:
         width = int(2 * width / 3)
         factor, multiple = config["block_ffn_dim_multiplier"], config["block_multiple_of"]
         if factor is not None:
-            if not type(factor) in (int, float) or type(multiple) is not int or multiple < 1:
+            if type(factor) not in (int, float) or type(multiple) is not int or multiple < 1:
                 raise UnsupportedModelError("the config's size of the MLP makes no sense")
             width = -(-int(factor * width) // multiple) * multiple
     return config | {

@@ -42,9 +42,10 @@ def names(
             layer.append(("mlp.gate_up_proj.weight", "ffn_up.weight", ("gate_up", "hidden")))
         elif wiring.mlp == "gated":
             layer.append(("mlp.gate_proj.weight", "ffn_gate.weight", wide, *dense))
-        if wiring.mlp != "fused":
+        if wiring.mlp in ("gated", "plain"):
             layer.append(("mlp.up_proj.weight", "ffn_up.weight", wide, *dense))
-        layer.append(("mlp.down_proj.weight", "ffn_down.weight", narrow, *dense))
+        if wiring.mlp != "none":
+            layer.append(("mlp.down_proj.weight", "ffn_down.weight", narrow, *dense))
     if mlp_bias:
         given = _given(mlp_bias)
         kinds = [("up", "intermediate"), ("down", "hidden")]

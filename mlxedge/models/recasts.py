@@ -63,9 +63,11 @@ class Values:
 @dataclass(frozen=True)
 class Reshape:
     """The same elements in another shape, which ``there`` makes of ours; of small tensors, which
-    are read whole. The way back leads to the shape that the architecture expects."""
+    are read whole. The way back leads to the shape that the architecture expects. ``rows``: a
+    vector becomes a matrix of so many rows."""
 
-    there: Callable[[tuple[int, ...]], tuple[int, ...]]
+    there: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
+    rows: Callable[[Config], int] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.gguf_values import GgufValue, Metadata
-from mlxedge.models.mixers import load_mixer
 from mlxedge.models.experts import ROUTER, SHARED_GATE, Experts
+from mlxedge.models.mixers import load_mixer
 from mlxedge.models.recasts import Recast, World
 from mlxedge.models.rope import Rope
 from mlxedge.models.wiring import PRE_NORM, Factors, Wiring
@@ -100,6 +100,8 @@ class ModelSpec:
     windows: Callable[[Config], tuple[int, ...]]
     ropes: Callable[[Config], tuple[Rope | None, ...]]
     mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
+    #: Whether there is attention. Without, ``adopt`` gives the sizes of one that is not there.
+    attends: bool = True
     factors: Callable[[Config], Factors] = lambda config: Factors()
     wiring: Wiring = PRE_NORM
     #: The config key of the norms' epsilon.

@@ -39,7 +39,7 @@ class Wiring:
 
     - ``layer_norm``: LayerNorm, not RMSNorm; ``unit_norm``: weights are stored less one.
     - ``activation``: what the runtimes compute, as configs call it; ``mlp``: the product of a gate
-      and up, those two in one matrix ("fused"), or none ("plain").
+      and up, those two in one matrix ("fused"), or up alone ("plain"); "none" for no MLP.
     - ``qkv_fused``: q, k and v are one matrix.
     - ``head_norm``: a norm of q and k, over each head, over all heads together ("width"), or over
       each head after the rotation ("last"); always RMSNorm but if ``layer_norm``.
@@ -55,7 +55,7 @@ class Wiring:
     layer_norm: bool = False
     unit_norm: bool = False
     activation: str = "silu"
-    mlp: Literal["gated", "fused", "plain"] = "gated"
+    mlp: Literal["gated", "fused", "plain", "none"] = "gated"
     qkv_fused: bool = False
     head_norm: Literal["head", "width", "last"] | None = None
     neighbours: bool = False

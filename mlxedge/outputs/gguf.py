@@ -215,9 +215,9 @@ def without_imatrix(plan: OutputPlan) -> str | None:
 def _shape(spec: ModelSpec, config: dict[str, Any]) -> llama_cpp.Shape:
     layers = config["num_hidden_layers"]
     heads = config["num_attention_heads"]
+    # Of the first layer: 0 where that has no attention.
     kv_heads = spec.gguf_metadata(config)[f"{spec.gguf_arch}.attention.head_count_kv"].value
-    if not isinstance(kv_heads, int):  # by layer, 0 where there is no attention
-        kv_heads = kv_heads[0]
+    kv_heads = kv_heads if isinstance(kv_heads, int) else int(kv_heads[0])
     many = layers == 80 and (spec.gguf_arch == "qwen2" or heads != kv_heads)
     return llama_cpp.Shape(
         layers=layers,

@@ -60,7 +60,7 @@ def plan_mlx(
             encoding, reason = _choose(source, with_scales(told[name], dtype), dtype)
             reason = reason or (None if encoding == quantized else "as told")
         how, kept = how_to_make(source, encoding, keeps_codes)
-        made = source.name if source.name != name else spec.to_mlx(name)
+        made = spec.to_mlx(source.name)
         tensors.append(PlannedTensor(name, made, source.shape, encoding, how, kept, reason=reason))
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "mlx"}, parameters)

@@ -317,7 +317,10 @@ def _mapped(change: Callable[[np.ndarray], np.ndarray], tensor: SourceTensor) ->
 
 def _reshape(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
     assert isinstance(step, Reshape)
-    return [_shaped(tensor, step.there(tensor.shape)) for tensor in tensors]
+    if step.rows is None:
+        return [_shaped(tensor, step.there(tensor.shape)) for tensor in tensors]
+    rows = step.rows(config)
+    return [_shaped(tensor, (rows, tensor.size // rows)) for tensor in tensors]
 
 
 def _shape_back(

@@ -190,7 +190,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     tape = Tape()
     four, wide = tape.buffer(4), tape.buffer(64 + 2 * 16)
     ones = np.ones(4, np.float32)
-    with pytest.raises(UsageError, match="4 time steps with .3. settings"):
+    with pytest.raises(UsageError, match="4 time steps with"):
         tape.time_steps(four, ones[:3])
     with pytest.raises(UsageError, match="4 time steps"):
         tape.time_steps(four, ones, a=ones)

@@ -1,0 +1,228 @@
+"""The mixer of Mamba-2 (arXiv 2405.21060): a convolution, a selective scan by heads, a gated norm.
+
+One matrix gives the gate, what goes through the convolution (the channels of all heads, then B and
+C of all groups) and the time steps. After ``Mamba2Mixer`` in transformers' modeling_mamba2.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlxedge.errors import UnsupportedModelError
+from mlxedge.models.recasts import Recast, Reshape, Values
+from mlxedge.models.spec import Config, Name
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlxedge.models.graph import Graph
+    from mlxedge.models.shape import Shape
+
+_BLOCK = "model.layers.{i}."
+_MODULE = f"{_BLOCK}mamba."
+_IN, _OUT = ("mamba.in_proj",), ("mamba.out_proj",)
+_KERNEL = f"{_MODULE}conv1d.weight"
+#: What architectures call their settings in turn, by the name here; the value is the default.
+_COUNTS = ("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
+#: What transformers writes around a number that JSON does not have.
+_FLOAT = "__float__"
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """``heads`` of ``head_dim`` channels with states of ``size``, ``groups`` of them with the same
+    B and C; convolutions of ``width`` positions; time steps within ``limits``. The gated norm is
+    over each of ``norm_groups`` parts."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    size: int
+    width: int
+    limits: tuple[float, float]
+    norm_groups: int
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def convolved(self) -> int:
+        return self.inner + 2 * self.groups * self.size
+
+
+def _rates(a_log: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return -np.exp(a_log)
+
+
+def _logs(rates: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return np.log(-rates)
+
+
+def _column(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape, 1)
+
+
+def _gguf(part: str, gguf: str, *steps: Any) -> Recast:
+    return Recast("gguf", (f"{_MODULE}{part}",), (f"blk.{{i}}.{gguf}",), steps)
+
+
+#: The kernel of a channel: ``[channels, 1, width]``, in GGUF ``[channels, width]``, in MLX
+#: ``[channels, width, 1]``. GGUF has A itself, numbers of heads as columns, and the norm's weights
+#: by group.
+RECASTS = (
+    _gguf("conv1d.weight", "ssm_conv1d.weight", Reshape(lambda shape: (shape[0], shape[2]))),
+    _gguf("A_log", "ssm_a", Values(_rates, _logs), Reshape(_column)),
+    _gguf("D", "ssm_d", Reshape(_column)),
+    _gguf("norm.weight", "ssm_norm.weight", Reshape(rows=lambda config: config["mamba_n_groups"])),
+    Recast("mlx", (_KERNEL,), (_KERNEL,), (Reshape(lambda shape: (shape[0], shape[2], 1)),)),
+)
+
+
+def names(layers: Callable[[Config], Collection[int]] | None = None) -> tuple[Name, ...]:
+    """Its tensors in those layers, or in all."""
+
+    def own(part: str, gguf: str, *shape: str, key: str = "", exact: bool = False) -> Name:
+        gguf = f"blk.{{i}}.{gguf}" if gguf else ""
+        given = (lambda config: bool(config[key])) if key else (lambda config: True)
+        return Name(f"{_MODULE}{part}", gguf, shape, present=given, layers=layers, exact=exact)
+
+    return (
+        own("in_proj.weight", "ssm_in.weight", "ssm_in", "hidden"),
+        own("in_proj.bias", "", "ssm_in", key="mamba_proj_bias"),
+        own("conv1d.weight", "", "ssm_conv", "one", "ssm_width"),
+        own("conv1d.bias", "ssm_conv1d.bias", "ssm_conv", key="mamba_conv_bias"),
+        own("dt_bias", "ssm_dt.bias", "ssm_heads", exact=True),
+        own("A_log", "", "ssm_heads", exact=True),
+        own("D", "", "ssm_heads"),
+        own("norm.weight", "", "ssm_inner"),
+        own("out_proj.weight", "ssm_out.weight", "hidden", "ssm_inner"),
+        own("out_proj.bias", "", "hidden", key="mamba_proj_bias"),
+    )
+
+
+def adopt(config: Config, called: Mapping[str, str], defaults: Mapping[str, Any]) -> Config:
+    """``config`` with the keys that are read here, which are granitemoehybrid's: those that an
+    architecture calls otherwise (``called``), and ``defaults`` by the names here.
+
+    Raises UnsupportedModelError for what makes no sense.
+    """
+    made = dict(config)
+    for key, default in defaults.items():
+        given = made.get(called.get(key, key))
+        made[key] = default if given is None else given
+    inner = made["mamba_expand"] * made["hidden_size"]
+    if made["mamba_d_head"] == "auto":
+        made["mamba_d_head"] = inner // made["mamba_n_heads"]
+    wrong = [k for k in _COUNTS if type(made[k]) is not int or not 0 < made[k] < 1 << 24]
+    if wrong:
+        given = ", ".join(f"{called.get(k, k)} ({str(made[k])[:40]!r})" for k in wrong)
+        raise UnsupportedModelError(f"the config needs positive whole numbers for {given}")
+    heads, groups = made["mamba_n_heads"], made["mamba_n_groups"]
+    if heads * made["mamba_d_head"] != inner or heads % groups:
+        raise UnsupportedModelError(
+            f"{heads} heads of {made['mamba_d_head']} in {groups} groups are not the "
+            f"{inner} channels of a state space"
+        )
+    made["time_step_limit"] = _limits(made.get("time_step_limit"))
+    return made
+
+
+def _limits(given: Any) -> list[float]:
+    """Two numbers; JSON has no infinity."""
+    if given is None:
+        return [0.0, float("inf")]
+    try:
+        low, high = (float(v[_FLOAT] if isinstance(v, Mapping) else v) for v in given)
+    except (TypeError, ValueError, KeyError):
+        raise UnsupportedModelError(
+            f"time_step_limit is {str(given)[:60]!r}, not two numbers"
+        ) from None
+    return [low, high]
+
+
+def settings(config: Mapping[str, Any]) -> Mamba2:
+    heads, head_dim, groups, size, width = (config[key] for key in _COUNTS)
+    low, high = config["time_step_limit"]
+    own = groups if config["mamba_norm_by_group"] else 1
+    return Mamba2(heads, head_dim, groups, size, width, (low, high), own)
+
+
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    own = settings(config)
+    return {
+        "ssm_heads": own.heads,
+        "ssm_inner": own.inner,
+        "ssm_conv": own.convolved,
+        "ssm_in": own.inner + own.convolved + own.heads,
+        "ssm_width": own.width,
+    }
+
+
+def metadata(config: Mapping[str, Any]) -> dict[str, int]:
+    """GGUF's, without the architecture."""
+    own = settings(config)
+    return {
+        "ssm.conv_kernel": own.width,
+        "ssm.inner_size": own.inner,
+        "ssm.state_size": own.size,
+        "ssm.time_step_rank": own.heads,
+        "ssm.group_count": own.groups,
+    }
+
+
+def back(get: Callable[[str], Any]) -> Config:
+    """The other way, without expansion."""
+    heads = int(get("ssm.time_step_rank"))
+    return {
+        "mamba_d_conv": get("ssm.conv_kernel"),
+        "mamba_d_state": get("ssm.state_size"),
+        "mamba_n_heads": heads,
+        "mamba_n_groups": get("ssm.group_count"),
+        "mamba_d_head": int(get("ssm.inner_size")) // heads,
+    }
+
+
+def objections(config: Mapping[str, Any], runtime: str) -> list[str]:
+    """What the runtimes do not have of it."""
+    own, found = settings(config), []
+    if runtime == "gguf" and own.limits != (0.0, float("inf")):
+        found.append("llama.cpp does not limit time steps (time_step_limit)")
+    if runtime == "gguf" and own.norm_groups != own.groups:
+        found.append("llama.cpp has a norm for each group of a state space, this model one for all")
+    if runtime == "gguf" and config["mamba_proj_bias"]:
+        found.append("llama.cpp has no biases around a state space")
+    if runtime == "mlx" and own.norm_groups != 1:
+        found.append("mlx-lm has one norm for all groups of a state space, this model one for each")
+    if own.width < 2:
+        found.append("the runtimes need convolutions of more than one position")
+    return found
+
+
+def groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
+    return [_IN, _OUT]
+
+
+def record(graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> Any:
+    tape, weights, own = graph.tape, graph.weights, graph.shape.mixing["mamba2"]
+    module = f"model.layers.{layer}.mamba."
+    widths = own.inner, own.convolved, own.heads, own.heads, own.inner
+    gate, both, dt, decay, y = graph.buffers("mamba2", widths)
+    graph.linear(x, names[0], [gate, both, dt])
+    kernel = weights.vector(f"{module}conv1d.weight").reshape(own.convolved, own.width)
+    tape.causal_conv(both, both, kernel, bias=weights.optional(f"{module}conv1d.bias"))
+    rates = _rates(weights.vector(f"{module}A_log"))
+    bias, d = weights.vector(f"{module}dt_bias"), weights.vector(f"{module}D")
+    tape.time_steps(dt, bias, a=rates, decay=decay, limits=own.limits)
+    sizes = {"head_dim": own.head_dim, "groups": own.groups, "size": own.size}
+    tape.scan(both, dt, decay, y, **sizes, d=d)
+    tape.gate(gate, y)
+    weight = weights.vector(f"{module}norm.weight")
+    tape.group_norm(gate, weight, graph.shape.epsilon, own.norm_groups)
+    return gate
