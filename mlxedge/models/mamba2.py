@@ -71,8 +71,8 @@ def _adopt(config: Config) -> Config:
     made |= {own: made[key] for key, own in CALLED.items()}
     heads, inner = made["num_heads"], made["num_heads"] * made["head_dim"]
     made |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    made["intermediate_size"] = inner
     return {
-        "intermediate_size": inner,
         "layer_norm_epsilon": 1e-5,
         "max_position_embeddings": _ENDLESS,
         "tie_word_embeddings": False,

@@ -25,6 +25,8 @@ def saved_config(**settings: Any) -> dict[str, Any]:
 def of_old(config: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings apart, the type of layers left out where it is the usual one."""
     made = dict(config)
+    if "rope_parameters" not in made:  # without attention
+        return made
     rope = made.pop("rope_parameters")
     if "full_attention" in rope:
         made["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
