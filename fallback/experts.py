@@ -148,7 +148,7 @@ def put_i64(b: Any, p: Any, value: Any) -> Any:
 _X, _CHOICE, _NUMBER, _EXPERTS, _TOP_K = (8 * i for i in range(1, 6))
 _SCORE, _NORMALISE, _SCALE, _BIAS, _GROUPS, _MOST_GROUPS, _BEST = (8 * i for i in range(6, 13))
 _GRAIN, _COUNT, _PARTS = (8 * i for i in range(6, 9))
-_OTHER = 8 * 6
+_OTHER, _ADD = 8 * 6, 8 * 7
 #: Per matrix of a product: its address, rows of an expert, output buffer, bias or 0.
 PART_FIELDS = 4
 #: Matrices that fit the fields of one step.
@@ -375,7 +375,7 @@ def _products(step: int, frame: int, thread: int) -> None:
 
 
 def _combine(step: int, frame: int, thread: int) -> None:
-    """Add the weighted rows of a position's slots, in the order of its choices."""
+    """Sum the weighted rows of a position's slots, in the order of its choices."""
     buffer, to = frame + get_i64(step + _X), frame + get_i64(step + _OTHER)
     x, x_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     out, out_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
@@ -383,6 +383,7 @@ def _combine(step: int, frame: int, thread: int) -> None:
     n, threads, top_k = get_i64(frame + N), get_i64(frame + THREADS), get_i64(step + _TOP_K)
     slots = _picks(memory, get_i64(step + _EXPERTS)) + 8 * n * top_k
     weights, vectors = slots + 8 * n * top_k, x_row // 64
+    add = get_i64(step + _ADD) != 0
     for unit in range(thread * vectors * n // threads, (thread + 1) * vectors * n // threads):
         i, d = unit // vectors, unit % vectors * 64
         every = zeros()
@@ -390,7 +391,7 @@ def _combine(step: int, frame: int, thread: int) -> None:
             row = x + get_i64(slots + 8 * j) * x_row
             every = fma(spread(get_f32(weights + 4 * j)), load_f32(row + d), every)
         p = out + i * out_row + d
-        store_f32(p, load_f32(p) + every)
+        store_f32(p, load_f32(p) + every if add else every)
 
 
 def _scale(step: int, frame: int, thread: int) -> None:

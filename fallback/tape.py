@@ -347,9 +347,10 @@ class Tape(RecurrentSteps):
                 fields += [p.matrix.address, p.out.width, p.out.offset, self._vector(bias)]
             self._expert_step("products", x, choice, *fields)
 
-    def combine(self, x: Buffer, choice: Choice, add_to: Buffer) -> None:
-        """add_to += Σ weight · x over the slots of each position, the first choice first."""
-        self._expert_step("combine", x, choice, add_to.offset)
+    def combine(self, x: Buffer, choice: Choice, out: Buffer, *, add: bool = True) -> None:
+        """out = Σ weight · x over the slots of each position, the first choice first; or out +=
+        that, to ``add`` it."""
+        self._expert_step("combine", x, choice, out.offset, int(add))
 
     def expert_tap(self, name: Any, x: Buffer, choice: Choice) -> None:
         """Let who walks the tape look at the rows of ``x`` of each expert that has some, in the

@@ -72,6 +72,11 @@ class Graph:
         """What a part of a block adds to the stream."""
         return self.tape.buffer(self.shape.hidden)
 
+    @cached_property
+    def _mixed(self) -> Any:
+        """What experts give, until it is normed or scaled."""
+        return self.tape.buffer(self.shape.hidden)
+
     def buffers(self, key: str, widths: Sequence[int]) -> list[Any]:
         """Buffers that all layers share under a ``key``, made when they are first asked for."""
         if key not in self._shared:
@@ -127,8 +132,7 @@ class Graph:
             if wiring.mlp_norm is not None:
                 seen = self._normed(block, wiring.mlp_norm, h)
         if shape.experts is not None and layer in shape.experts.layers:
-            bias = weights.optional(f"{block}{ROUTER_BIAS}")
-            self._mixture(shape.experts, mlp_names, bias)
+            self._mixture(shape.experts, mlp_names, seen, block)
         else:
             gate, *up = self._dense_buffers
             self.linear(seen, mlp_names[0], [gate, *up])
@@ -149,22 +153,25 @@ class Graph:
         self.tape.add(delta, self.x, factor)
 
     def _mixture(
-        self, experts: ExpertShape, names: list[tuple[str, ...]], bias: np.ndarray | None
+        self, experts: ExpertShape, names: list[tuple[str, ...]], seen: Any, block: str
     ) -> None:
-        """x += the chosen experts' output for h, and the shared expert's."""
-        tape, weights, h, x = self.tape, self.weights, self._h, self.x
+        """x += the chosen experts' output for what they see, and the shared expert's."""
+        tape, weights, activation = self.tape, self.weights, self.shape.activation
         choice, logits, (rows, gate, up, down), sharing = self._expert_buffers
         routers, gate_up, last, *shared_down = names
-        self.linear(h, routers, [logits, *sharing])
+        factor, norm = self.shape.factors.residual, self.shape.wiring.mlp_out_norm
+        direct = factor == 1.0 and norm is None
+        out = self.x if direct else self._mixed
+        self.linear(seen, routers, [logits, *sharing])
         tape.route(
             logits,
             choice,
             score=experts.score,
             normalise=experts.normalise,
             scale=experts.scale,
-            bias=bias,
+            bias=weights.optional(f"{block}{ROUTER_BIAS}"),
         )
-        tape.gather(h, choice, rows)
+        tape.gather(seen, choice, rows)
         for group, source, outs in ((gate_up, rows, [gate, up]), (last, gate, [down])):
             if self._tapped:
                 tape.expert_tap(group, source, choice)
@@ -172,16 +179,19 @@ class Graph:
             products = [weights.experts(n, experts.count, source, out) for n, out in pairs]
             tape.expert_linear(source, choice, products)
             if source is rows:
-                tape.gate(gate, up, self.shape.activation)
-        tape.combine(down, choice, x)
+                tape.gate(gate, up, activation)
+        tape.combine(down, choice, out, add=direct)
         if sharing:
             *counts, gate, up = sharing
-            tape.gate(gate, up, self.shape.activation)
+            tape.gate(gate, up, activation)
             self.tap(shared_down[0], gate)
             if counts:
                 tape.scale_by_sigmoid(gate, counts[0])
-            delta = self._delta
-            tape.linear(gate, weights.products(shared_down[0][0], gate, [delta], x))
+            tape.linear(gate, weights.products(shared_down[0][0], gate, [self._delta], out))
+        if norm is not None:
+            self.norm(out, f"{block}{norm}", out)
+        if not direct:
+            tape.add(out, self.x, factor)
 
     def head(self, table: Any = None) -> Any:
         """Logits of x; returns their buffer. ``table`` is the embedding's, where it is known."""
