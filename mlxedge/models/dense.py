@@ -71,6 +71,7 @@ class Dense:
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
+    - ``archs``, ``widths``: see ``ModelSpec``.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``recasts``: see ``ModelSpec``.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
@@ -81,6 +82,7 @@ class Dense:
     arch: str
     names: tuple[Name, ...]
     fixed: Mapping[str, Any]
+    archs: Callable[[Config], str | None] = lambda config: None
     freq_factors: bool = False
     head_dim_free: bool = True
     experts: Experts | None = None
@@ -99,6 +101,7 @@ class Dense:
     windowed: Container[str] = ()
     period: int = 0
     longrope: bool = False
+    widths: Callable[[Config], Mapping[str, int]] = lambda config: {}
     notes: Callable[[Config, str], list[str]] = lambda config, runtime: []
     tied: Mapping[str, bool] = field(default_factory=dict)
     adopts: Callable[[Config], Config] = lambda config: config
@@ -115,6 +118,7 @@ class Dense:
             model_type=self.model_type,
             architecture=self.architecture,
             gguf_arch=self.arch,
+            archs=self.archs,
             names=self.names,
             gguf_metadata=self.gguf_metadata,
             gguf_extra=self.gguf_extra,
@@ -127,6 +131,7 @@ class Dense:
             ropes=self.ropes,
             mixers=self.mixers,
             factors=self.factors,
+            widths=self.widths,
             wiring=self.wiring,
             epsilon=self.epsilon,
             adopt=self.adopt,
@@ -181,7 +186,8 @@ class Dense:
             keys = _expert_keys(self.experts)
             values |= {gguf_key: gv.u32(config[key]) for key, gguf_key in keys.items()}
         values |= rope_metadata(rope) | self.gguf(config)
-        return {f"{self.arch}.{k}": v for k, v in values.items()}
+        arch = self.archs(config) or self.arch
+        return {f"{arch}.{k}": v for k, v in values.items()}
 
     @property
     def _epsilon_key(self) -> str:

@@ -49,7 +49,8 @@ class Experts:
     """What an architecture has: the config key of an expert's width, that of the shared expert's,
     and how the router scores. ``sparse`` tells whether ``decoder_sparse_step`` and
     ``mlp_only_layers`` make some layers dense; ``normalise`` is a config key or always so,
-    ``scale`` one or none. ``plain_router``: mlx-lm has no quantized router."""
+    ``scale`` one or none. ``plain_router``: mlx-lm has no quantized router. ``some``: a config may
+    have none."""
 
     width: str = "moe_intermediate_size"
     shared_width: str | None = None
@@ -60,6 +61,7 @@ class Experts:
     bias: bool = False
     shared_gate: bool = True
     plain_router: bool = False
+    some: bool = False
 
     def settle(self, config: dict[str, Any]) -> dict[str, Any]:
         """``config`` with the keys spelled out that are read here and by the runtimes.
@@ -74,6 +76,10 @@ class Experts:
             config["mlp_only_layers"] = config.get("mlp_only_layers") or []
         if isinstance(self.normalise, str):
             config[self.normalise] = bool(config.get(self.normalise))
+        if self.some and not count:
+            layers = list(range(config["num_hidden_layers"]))
+            none = dict.fromkeys((*_COUNT, "num_experts_per_tok"), 0)
+            return config | none | {"mlp_only_layers": layers}
         keys = ["num_experts", "num_experts_per_tok", self.width]
         keys += [self.shared_width] if self.shared_width else []
         keys += ["decoder_sparse_step"] if self.sparse else []

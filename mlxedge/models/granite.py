@@ -8,7 +8,7 @@ from mlxedge.models.spec import Config
 from mlxedge.models.wiring import Factors
 
 #: Config key → GGUF key; each is 1 where a config leaves it out.
-_FACTORS = {
+FACTORS = {
     "embedding_multiplier": "embedding_scale",
     "attention_multiplier": "attention.scale",
     "residual_multiplier": "residual_scale",
@@ -16,7 +16,7 @@ _FACTORS = {
 }
 
 
-def _factors(config: Config) -> Factors:
+def factors(config: Config) -> Factors:
     return Factors(
         embedding=float(config["embedding_multiplier"]),
         attention=float(config["attention_multiplier"]),
@@ -26,7 +26,7 @@ def _factors(config: Config) -> Factors:
 
 
 def _check(config: Config, runtime: str) -> list[str]:
-    found = [f"{key} is 0" for key in _FACTORS if not config[key]]
+    found = [f"{key} is 0" for key in FACTORS if not config[key]]
     heads = config["head_dim"] * config["num_attention_heads"]
     if runtime == "mlx" and heads != config["hidden_size"]:
         found.append("mlx-lm's granite needs heads that add up to the hidden size")
@@ -40,10 +40,10 @@ SPEC = Dense(
     names=names(
         rope_rows=True, qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"
     ),
-    factors=_factors,
+    factors=factors,
     fixed={"attention_bias": False, "mlp_bias": False},
-    defaults=dict.fromkeys(_FACTORS, 1.0),
-    keys=tuple(Key(key, gguf, default=1.0) for key, gguf in _FACTORS.items()),
+    defaults=dict.fromkeys(FACTORS, 1.0),
+    keys=tuple(Key(key, gguf, default=1.0) for key, gguf in FACTORS.items()),
     freq_factors=True,
     check=_check,
 ).spec()

@@ -111,7 +111,7 @@ class Graph:
 
     def block(self, layer: int) -> None:
         """x = block ``layer`` of x."""
-        shape, tape, weights, wiring = self.shape, self.tape, self.weights, self.shape.wiring
+        shape, tape, wiring = self.shape, self.tape, self.shape.wiring
         x, h = self.x, self._h
         block = f"model.layers.{layer}."
         mixer = load_mixer(shape.mixers[layer])

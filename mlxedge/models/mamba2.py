@@ -76,7 +76,6 @@ def _adopt(config: Config) -> Config:
         "layer_norm_epsilon": 1e-5,
         "max_position_embeddings": _ENDLESS,
         "tie_word_embeddings": False,
-        "mamba_norm_by_group": True,
         **made,
     }
 
@@ -140,8 +139,6 @@ def _config_from_gguf(
 
 def _check(config: Config, runtime: str) -> list[str]:
     found = mamba2.objections(config, runtime)
-    if runtime == "gguf" and not config["use_conv_bias"]:
-        found.append("llama.cpp's mamba2 needs biases of the convolution (use_conv_bias)")
     if runtime == "mlx" and config["layer_norm_epsilon"] != 1e-5:
         found.append("mlx-lm's mamba2 has norms with 1e-5 before its blocks (layer_norm_epsilon)")
     return found
@@ -159,6 +156,7 @@ SPEC = ModelSpec(
     names=_tensors(),
     wiring=WIRING,
     attends=False,
+    widths=mamba2.widths,
     mixers=lambda config: ("mamba2",) * config["num_hidden_layers"],
     windows=no_windows,
     window=lambda config, runtime: None,

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.gguf_values import GgufValue, Metadata
 from mlxedge.models.experts import ROUTER, SHARED_GATE, Experts
-from mlxedge.models.mixers import load_mixer
 from mlxedge.models.recasts import Recast, World
 from mlxedge.models.rope import Rope
 from mlxedge.models.wiring import PRE_NORM, Factors, Wiring
@@ -77,6 +76,7 @@ class ModelSpec:
     - ``ropes(config)``: the rotary embedding of each layer, ``None`` for none.
     - ``mixers(config)``: what mixes positions in each layer (``mlxedge.models.mixers``).
     - ``factors(config)``: what scales and caps activations.
+    - ``widths(config)``: what further words in the shapes of ``names`` stand for.
     - ``adopt(config)``: a config as it is found, under the keys that are read here, with the
       defaults that transformers has for this architecture.
     - ``settle(config)``: the config with the architecture's own keys spelled out, or
@@ -103,6 +103,9 @@ class ModelSpec:
     #: Whether there is attention. Without, ``adopt`` gives the sizes of one that is not there.
     attends: bool = True
     factors: Callable[[Config], Factors] = lambda config: Factors()
+    widths: Callable[[Config], Mapping[str, int]] = lambda config: {}
+    #: The architecture in GGUF of a model of a config, where that is another one.
+    archs: Callable[[Config], str | None] = lambda config: None
     wiring: Wiring = PRE_NORM
     #: The config key of the norms' epsilon.
     epsilon: str = "rms_norm_eps"
@@ -135,6 +138,10 @@ class ModelSpec:
     @cached_property
     def _by_gguf(self) -> list[tuple[re.Pattern[str], Name]]:
         return [(_pattern(n.gguf), n) for n in self.names]
+
+    def arch_of(self, config: Config) -> str:
+        """The architecture that a GGUF file of this config says."""
+        return self.archs(config) or self.gguf_arch
 
     def to_gguf(self, hf_name: str) -> tuple[str, RowOrder] | None:
         """The GGUF name and row order of a Hugging Face tensor, or ``None`` if it is unknown."""
@@ -267,8 +274,7 @@ class ModelSpec:
             "kv": head * config["num_key_value_heads"],
             "qkv": head * (config["num_attention_heads"] + 2 * config["num_key_value_heads"]),
         }
-        for mixer in dict.fromkeys(self.mixers(config)):
-            found |= load_mixer(mixer).sizes(config)
+        found |= self.widths(config)
         return found | (self.experts.sizes(config) if self.experts else {})
 
     def check_tensors(

@@ -121,7 +121,9 @@ def plan_gguf(
         planned.append(replace(tensor, places={"weight": places[0]}))
         offset = -(-end // ALIGNMENT) * ALIGNMENT
 
-    metadata = _general(checkpoint, spec, target, sum(t.size for t in checkpoint.tensors.values()))
+    metadata = _general(
+        checkpoint, spec.arch_of(config), target, sum(t.size for t in checkpoint.tensors.values())
+    )
     metadata |= spec.gguf_metadata(config)
     metadata["general.file_type"] = gv.u32(llama_cpp.file_type(target.recipe))
     metadata["general.quantization_version"] = gv.u32(_QUANTIZATION_VERSION)
@@ -216,7 +218,7 @@ def _shape(spec: ModelSpec, config: dict[str, Any]) -> llama_cpp.Shape:
     layers = config["num_hidden_layers"]
     heads = config["num_attention_heads"]
     # Of the first layer: 0 where that has no attention.
-    kv_heads = spec.gguf_metadata(config)[f"{spec.gguf_arch}.attention.head_count_kv"].value
+    kv_heads = spec.gguf_metadata(config)[f"{spec.arch_of(config)}.attention.head_count_kv"].value
     kv_heads = kv_heads if isinstance(kv_heads, int) else int(kv_heads[0])
     many = layers == 80 and (spec.gguf_arch == "qwen2" or heads != kv_heads)
     return llama_cpp.Shape(
@@ -227,12 +229,10 @@ def _shape(spec: ModelSpec, config: dict[str, Any]) -> llama_cpp.Shape:
     )
 
 
-def _general(
-    checkpoint: Checkpoint, spec: ModelSpec, target: Target, parameters: int
-) -> gv.Metadata:
+def _general(checkpoint: Checkpoint, arch: str, target: Target, parameters: int) -> gv.Metadata:
     """The ``general.`` keys (gguf specification, "Standardized key-value pairs")."""
     metadata: gv.Metadata = {
-        "general.architecture": gv.string(spec.gguf_arch),
+        "general.architecture": gv.string(arch),
         "general.type": gv.string("model"),
         "general.name": gv.string(_title(checkpoint.name)),
         "general.size_label": gv.string(_size_label(parameters)),

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-FULL, CONV = "full_attention", "conv"
+FULL, CONV, SPACE = "full_attention", "conv", "linear_attention"
 
 OWN: dict[str, dict[str, Any]] = {
     "lfm2": {
         "block_multiple_of": 32,
         "num_hidden_layers": 4,
         "layer_types": [CONV, FULL, CONV, CONV],
+    },
+    "granitemoehybrid": {
+        "num_hidden_layers": 4,
+        "layer_types": [SPACE, SPACE, FULL, SPACE],
+        "mamba_n_heads": 8,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 32,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 64,
+        "shared_intermediate_size": 96,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.125,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 2.5,
     },
     "mamba2": {
         "num_heads": 8,
@@ -45,6 +60,27 @@ SAVED: dict[str, dict[str, Any]] = {
         "state_size": 24,
         "tie_word_embeddings": True,
     },
+    "granitemoehybrid": {"model_type": "granitemoehybrid"},
+    "granitemoehybrid-dense-tied": {
+        "model_type": "granitemoehybrid",
+        "num_local_experts": 0,
+        "tie_word_embeddings": True,
+        "mamba_d_conv": 3,
+    },
+    "granitemoehybrid-dense-attention-rotated": {
+        "model_type": "granitemoehybrid",
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": [FULL] * 4,
+        "position_embedding_type": "rope",
+        "attention_bias": True,
+    },
+    "granitemoehybrid-rotated": {
+        "model_type": "granitemoehybrid",
+        "position_embedding_type": "rope",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+        "layer_types": [SPACE, FULL, FULL, SPACE],
+    },
 }
 PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "lfm2-biases": (
@@ -69,6 +105,32 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 PARTIAL |= {
+    "granitemoehybrid-attention-alone": (
+        {"model_type": "granitemoehybrid", "layer_types": [FULL] * 4},
+        {"gguf": "attention alone with rotation only .*; .* without experts only"},
+    ),
+    "granitemoehybrid-groups-linear": (
+        {
+            "model_type": "granitemoehybrid",
+            "mamba_n_groups": 2,
+            "position_embedding_type": "rope",
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5},
+        },
+        {"mlx": "this model one for each; mlx-lm's granitemoehybrid has no linear rope scaling"},
+    ),
+    "granitemoehybrid-wide-limits": (
+        {
+            "model_type": "granitemoehybrid",
+            "mamba_expand": 3,
+            "mamba_proj_bias": True,
+            "time_step_limit": [0.1, 1.0],
+        },
+        {"gguf": "does not limit time steps .*; llama.cpp has no biases .*; .* twice as many"},
+    ),
+    "granitemoehybrid-dense-no-bias": (
+        {"model_type": "granitemoehybrid", "num_local_experts": 0, "mamba_conv_bias": False},
+        {"gguf": "needs biases of the convolution"},
+    ),
     "mamba2-groups": (
         {"model_type": "mamba2", "n_groups": 4, "layer_norm_epsilon": 1e-4},
         {"mlx": "this model one for each"},
@@ -79,7 +141,7 @@ PARTIAL |= {
     ),
     "mamba2-biases": (
         {"model_type": "mamba2", "use_bias": True, "use_conv_bias": False},
-        {"gguf": "no biases around a state space; llama.cpp's mamba2 needs biases of"},
+        {"gguf": "no biases around a state space; llama.cpp needs biases of"},
     ),
     "mamba2-epsilon": (
         {"model_type": "mamba2", "layer_norm_epsilon": 1e-4},
@@ -100,6 +162,10 @@ PARTIAL |= {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "lfm2-all-convolutions": (
         {"model_type": "lfm2", "layer_types": [CONV] * 4},
+        "without a layer of attention",
+    ),
+    "granitemoehybrid-spaces-alone": (
+        {"model_type": "granitemoehybrid", "layer_types": [SPACE] * 4},
         "without a layer of attention",
     ),
 }

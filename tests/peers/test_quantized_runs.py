@@ -15,7 +15,7 @@ from mlxedge.sources.gguf import read_gguf
 
 #: Matrices of other kinds than llama's, or in one.
 OTHERS = ("phi3", "gemma3_text", "glm4", "cohere-qk-norm", "starcoder2", "nemotron", "stablelm")
-OTHERS += ("lfm2-by-number",)
+OTHERS += ("lfm2-by-number", "mamba2")
 #: Number, as llama-quantize counts.
 RECIPES = {"q2_k": 10, "q3_k_m": 12, "q4_k_m": 15, "q5_k_m": 17, "iq4_xs": 30}
 

@@ -33,8 +33,8 @@ _FLOAT = "__float__"
 @dataclass(frozen=True)
 class Mamba2:
     """``heads`` of ``head_dim`` channels with states of ``size``, ``groups`` of them with the same
-    B and C; convolutions of ``width`` positions; time steps within ``limits``. The gated norm is
-    over each of ``norm_groups`` parts."""
+    B and C and a norm of their own; convolutions of ``width`` positions; time steps within
+    ``limits``."""
 
     heads: int
     head_dim: int
@@ -42,7 +42,6 @@ class Mamba2:
     size: int
     width: int
     limits: tuple[float, float]
-    norm_groups: int
 
     @property
     def inner(self) -> int:
@@ -150,11 +149,11 @@ def _limits(given: Any) -> list[float]:
 def settings(config: Mapping[str, Any]) -> Mamba2:
     heads, head_dim, groups, size, width = (config[key] for key in _COUNTS)
     low, high = config["time_step_limit"]
-    own = groups if config["mamba_norm_by_group"] else 1
-    return Mamba2(heads, head_dim, groups, size, width, (low, high), own)
+    return Mamba2(heads, head_dim, groups, size, width, (low, high))
 
 
-def sizes(config: Mapping[str, Any]) -> dict[str, int]:
+def widths(config: Mapping[str, Any]) -> dict[str, int]:
+    """What words in the shapes of its tensors stand for."""
     own = settings(config)
     return {
         "ssm_heads": own.heads,
@@ -194,11 +193,11 @@ def objections(config: Mapping[str, Any], runtime: str) -> list[str]:
     own, found = settings(config), []
     if runtime == "gguf" and own.limits != (0.0, float("inf")):
         found.append("llama.cpp does not limit time steps (time_step_limit)")
-    if runtime == "gguf" and own.norm_groups != own.groups:
-        found.append("llama.cpp has a norm for each group of a state space, this model one for all")
     if runtime == "gguf" and config["mamba_proj_bias"]:
         found.append("llama.cpp has no biases around a state space")
-    if runtime == "mlx" and own.norm_groups != 1:
+    if runtime == "gguf" and not config["mamba_conv_bias"]:
+        found.append("llama.cpp needs biases of the convolution")
+    if runtime == "mlx" and own.groups != 1:
         found.append("mlx-lm has one norm for all groups of a state space, this model one for each")
     if own.width < 2:
         found.append("the runtimes need convolutions of more than one position")
@@ -224,5 +223,5 @@ def record(graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> An
     tape.scan(both, dt, decay, y, **sizes, d=d)
     tape.gate(gate, y)
     weight = weights.vector(f"{module}norm.weight")
-    tape.group_norm(gate, weight, graph.shape.epsilon, own.norm_groups)
+    tape.group_norm(gate, weight, graph.shape.epsilon, own.groups)
     return gate

@@ -55,7 +55,8 @@ def settings(config: Mapping[str, Any]) -> int:
     return int(config["conv_L_cache"])
 
 
-def sizes(config: Mapping[str, Any]) -> dict[str, int]:
+def widths(config: Mapping[str, Any]) -> dict[str, int]:
+    """What words in the shapes of its tensors stand for."""
     return {"conv_width": config["conv_L_cache"], "conv_in": 3 * config["hidden_size"]}
 
 
