@@ -169,3 +169,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "without a layer of attention",
     ),
 }
+#: What these need to be 256 wide and have nine layers.
+WIDE: dict[str, dict[str, Any]] = {
+    "lfm2-by-number": {"full_attn_idxs": [1, 3, 5, 6, 8]},
+    "mamba2": {"num_heads": 16},
+    "granitemoehybrid": {"layer_types": [SPACE, FULL, SPACE] * 3},
+    "granitemoehybrid-dense-attention-rotated": {"layer_types": [FULL] * 9},
+}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from oracles import architectures_recurrent
 from oracles.checkpoints import SAVED, write_checkpoint
 from oracles.llama_cpp import LlamaCpp
 from oracles.llama_quantize import types
@@ -15,7 +16,7 @@ from mlxedge.sources.gguf import read_gguf
 
 #: Matrices of other kinds than llama's, or in one.
 OTHERS = ("phi3", "gemma3_text", "glm4", "cohere-qk-norm", "starcoder2", "nemotron", "stablelm")
-OTHERS += ("lfm2-by-number", "mamba2")
+OTHERS += tuple(architectures_recurrent.WIDE)
 #: Number, as llama-quantize counts.
 RECIPES = {"q2_k": 10, "q3_k_m": 12, "q4_k_m": 15, "q5_k_m": 17, "iq4_xs": 30}
 
@@ -44,6 +45,7 @@ def test_quantized_models_run(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in OTHERS if n in SAVED])
 def test_types_equal_llama_quantizes(name: str, tmp_path: Path) -> None:
     settings = SAVED[name] | {"hidden_size": 256, "intermediate_size": 256}
+    settings |= architectures_recurrent.WIDE.get(name, {})
     layers = max(9, settings.get("num_hidden_layers", 0))
     folder = write_checkpoint(tmp_path / "source", **settings | {"num_hidden_layers": layers})
     source = tmp_path / "source-F32.gguf"
