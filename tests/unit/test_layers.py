@@ -88,6 +88,8 @@ def whole(checkpoint: Checkpoint, ids: np.ndarray, results: int) -> list[np.ndar
         decoder.close()
 
 
+OTHERS = ("gemma3_text", "granite", "phi3", "cohere2", "olmo2")
+RECURRENT = ("lfm2", "mamba2", "granitemoehybrid")
 SHAPES: dict[str, dict[str, Any]] = {
     "untied-biases": {"tied": False, "attention_bias": True, "kv_heads": 4},
     "odd-widths": {"hidden": 72, "heads": 3, "kv_heads": 1, "intermediate": 100, "head_dim": 20},
@@ -107,7 +109,7 @@ def test_equals_the_whole_model(name: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "granite", "phi3", "cohere2", "olmo2"])
+@pytest.mark.parametrize("name", [*OTHERS, *RECURRENT])
 def test_equals_the_whole_model_of_other_architectures(name: str, tmp_path: Path) -> None:
     with open_source(write_checkpoint(tmp_path / "saved", **SAVED[name])) as opened:
         checkpoint = prepare(opened)[1]
