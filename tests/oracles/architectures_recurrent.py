@@ -12,6 +12,14 @@ OWN: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "layer_types": [CONV, FULL, CONV, CONV],
     },
+    "lfm2_moe": {
+        "num_hidden_layers": 4,
+        "layer_types": [CONV, FULL, CONV, CONV],
+        "num_dense_layers": 1,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+    },
     "granitemoehybrid": {
         "num_hidden_layers": 4,
         "layer_types": [SPACE, SPACE, FULL, SPACE],
@@ -60,6 +68,13 @@ SAVED: dict[str, dict[str, Any]] = {
         "state_size": 24,
         "tie_word_embeddings": True,
     },
+    "lfm2_moe": {"model_type": "lfm2_moe"},
+    "lfm2_moe-everywhere": {
+        "model_type": "lfm2_moe",
+        "num_dense_layers": 0,
+        "conv_L_cache": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+    },
     "granitemoehybrid": {"model_type": "granitemoehybrid"},
     "granitemoehybrid-dense-tied": {
         "model_type": "granitemoehybrid",
@@ -105,6 +120,20 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 PARTIAL |= {
+    "lfm2_moe-other-scores": (
+        {
+            "model_type": "lfm2_moe",
+            "use_expert_bias": False,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.5,
+            "conv_bias": True,
+        },
+        {"gguf": "no biases .*; .* needs a correction .*; .* always normalises .*; .* not scale"},
+    ),
+    "lfm2_moe-untied": (
+        {"model_type": "lfm2_moe", "tie_word_embeddings": False},
+        {"mlx": "untied embeddings"},
+    ),
     "granitemoehybrid-attention-alone": (
         {"model_type": "granitemoehybrid", "layer_types": [FULL] * 4},
         {"gguf": "attention alone with rotation only .*; .* without experts only"},
@@ -172,6 +201,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 #: What these need to be 256 wide and have nine layers.
 WIDE: dict[str, dict[str, Any]] = {
     "lfm2-by-number": {"full_attn_idxs": [1, 3, 5, 6, 8]},
+    "lfm2_moe-everywhere": {
+        "layer_types": [FULL, CONV, CONV] * 3,
+        "num_dense_layers": 2,
+        "moe_intermediate_size": 256,
+    },
     "mamba2": {"num_heads": 16},
     "granitemoehybrid": {"layer_types": [SPACE, FULL, SPACE] * 3},
     "granitemoehybrid-dense-attention-rotated": {"layer_types": [FULL] * 9},

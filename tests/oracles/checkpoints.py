@@ -194,7 +194,7 @@ def write_checkpoint(
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
+            if name.endswith(("correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     write_tokenizer(folder, SIZES["vocab_size"])
