@@ -15,8 +15,9 @@ from mlxedge.models.experts import SHARED, STACKS, Experts
 from mlxedge.models.granite import FACTORS, factors
 from mlxedge.models.mixers import mamba2
 from mlxedge.models.names import in_layers, names
-from mlxedge.models.recasts import Join, Recast
+from mlxedge.models.recasts import Join, Recast, World
 from mlxedge.models.rope import Rope, rope_settings
+from mlxedge.models.spaces import only_silu, whole_numbers
 from mlxedge.models.spec import Config, Name
 
 ATTENTION, SPACE = "full_attention", "linear_attention"
@@ -51,17 +52,21 @@ def _weights(modules: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{_BLOCK}{module}.weight" for module in modules)
 
 
+def _linear(world: World, parts: tuple[str, ...]) -> tuple[Recast, ...]:
+    """Gate and up in one, and down."""
+    both, down = _LINEAR
+    return Recast(world, parts[:2], (both,), (Join(),)), Recast(world, parts[2:], (down,), ())
+
+
 def _recasts() -> tuple[Recast, ...]:
     """Gate and up are one matrix in folders; of experts mlx-lm has them apart."""
     stacks, shared = _weights(STACKS), _weights(SHARED)
     return (
         Recast("stored", stacks[:2], (f"{_MOE}input_linear.weight",), (Join(),)),
         Recast("stored", stacks[2:], (f"{_MOE}output_linear.weight",), ()),
-        *(
-            Recast(world, parts, (linear,), (Join(),) if len(parts) > 1 else ())
-            for world, whole in (("stored", shared), ("mlx", shared), ("stored", _MLP))
-            for parts, linear in zip((whole[:2], whole[2:]), _LINEAR, strict=True)
-        ),
+        *_linear("stored", shared),
+        *_linear("mlx", shared),
+        *_linear("stored", _MLP),
         *mamba2.RECASTS,
     )
 
@@ -88,8 +93,7 @@ def _tensors() -> tuple[Name, ...]:
 
 
 def _adopt(config: Config) -> Config:
-    if type(config.get("hidden_size")) is not int:
-        raise UnsupportedModelError("the config needs a positive whole number for hidden_size")
+    whole_numbers(config, 1, "hidden_size")
     return mamba2.adopt(config, {}, _DEFAULTS)
 
 
@@ -102,10 +106,7 @@ def _settle(config: Config) -> Config:
         raise UnsupportedModelError(f"layer_types has {sorted(wrong)[0][:40]!r}")
     if ATTENTION not in types:
         raise UnsupportedModelError("state spaces without a layer of attention are not supported")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedModelError(
-            "granitemoehybrid with another hidden_act than silu is not supported"
-        )
+    only_silu(config)
     made = {k: v for k, v in config.items() if k != "layers_block_type"} | {"layer_types": types}
     if not next((made[k] for k in _COUNT if made.get(k) is not None), 0):
         made["intermediate_size"] = made[_SHARED_WIDTH]

@@ -35,6 +35,7 @@ OWN: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.3,
         "logits_scaling": 2.5,
     },
+    "mamba": {"intermediate_size": 256, "tie_word_embeddings": True},
     "mamba2": {
         "num_heads": 8,
         "head_dim": 32,
@@ -58,6 +59,14 @@ SAVED: dict[str, dict[str, Any]] = {
         "full_attn_idxs": [1, 3],
         "block_ffn_dim_multiplier": 1.3,
         "num_key_value_heads": 4,
+    },
+    "mamba": {"model_type": "mamba"},
+    "mamba-untied-low-rank": {
+        "model_type": "mamba",
+        "tie_word_embeddings": False,
+        "time_step_rank": 5,
+        "state_size": 12,
+        "conv_kernel": 3,
     },
     "mamba2": {"model_type": "mamba2"},
     "mamba2-tied-odd-heads": {
@@ -120,6 +129,20 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 PARTIAL |= {
+    "mamba-wide-biases": (
+        {
+            "model_type": "mamba",
+            "expand": 3,
+            "intermediate_size": 384,
+            "use_bias": True,
+            "use_conv_bias": False,
+        },
+        {"gguf": "no biases around .*; .* needs biases of .*; .* have twice as many channels"},
+    ),
+    "mamba-epsilon": (
+        {"model_type": "mamba", "layer_norm_epsilon": 1e-4},
+        {"mlx": "norms with 1e-5"},
+    ),
     "lfm2_moe-other-scores": (
         {
             "model_type": "lfm2_moe",
@@ -206,6 +229,7 @@ WIDE: dict[str, dict[str, Any]] = {
         "num_dense_layers": 2,
         "moe_intermediate_size": 256,
     },
+    "mamba": {"intermediate_size": 512},
     "mamba2": {"num_heads": 16},
     "granitemoehybrid": {"layer_types": [SPACE, FULL, SPACE] * 3},
     "granitemoehybrid-dense-attention-rotated": {"layer_types": [FULL] * 9},

@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxedge.errors import UnsupportedModelError
-from mlxedge.models.recasts import Recast, Reshape, Values
+from mlxedge.models.recasts import Reshape
+from mlxedge.models.spaces import KERNEL, RATES, in_gguf, rates, whole_numbers
 from mlxedge.models.spec import Config, Name
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mlxedge.models.graph import Graph
     from mlxedge.models.shape import Shape
 
-_BLOCK = "model.layers.{i}."
-_MODULE = f"{_BLOCK}mamba."
+_MODULE = "model.layers.{i}.mamba."
 _IN, _OUT = ("mamba.in_proj",), ("mamba.out_proj",)
-_KERNEL = f"{_MODULE}conv1d.weight"
 #: What architectures call their settings in turn, by the name here; the value is the default.
 _COUNTS = ("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
 #: What transformers writes around a number that JSON does not have.
@@ -52,35 +49,18 @@ class Mamba2:
         return self.inner + 2 * self.groups * self.size
 
 
-def _rates(a_log: np.ndarray) -> np.ndarray:
-    import numpy as np
-
-    return -np.exp(a_log)
-
-
-def _logs(rates: np.ndarray) -> np.ndarray:
-    import numpy as np
-
-    return np.log(-rates)
-
-
 def _column(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape, 1)
 
 
-def _gguf(part: str, gguf: str, *steps: Any) -> Recast:
-    return Recast("gguf", (f"{_MODULE}{part}",), (f"blk.{{i}}.{gguf}",), steps)
-
-
-#: The kernel of a channel: ``[channels, 1, width]``, in GGUF ``[channels, width]``, in MLX
-#: ``[channels, width, 1]``. GGUF has A itself, numbers of heads as columns, and the norm's weights
-#: by group.
+#: GGUF has numbers of heads as columns, and the norm's weights by group.
 RECASTS = (
-    _gguf("conv1d.weight", "ssm_conv1d.weight", Reshape(lambda shape: (shape[0], shape[2]))),
-    _gguf("A_log", "ssm_a", Values(_rates, _logs), Reshape(_column)),
-    _gguf("D", "ssm_d", Reshape(_column)),
-    _gguf("norm.weight", "ssm_norm.weight", Reshape(rows=lambda config: config["mamba_n_groups"])),
-    Recast("mlx", (_KERNEL,), (_KERNEL,), (Reshape(lambda shape: (shape[0], shape[2], 1)),)),
+    *KERNEL,
+    in_gguf("A_log", "ssm_a", RATES, Reshape(_column)),
+    in_gguf("D", "ssm_d", Reshape(_column)),
+    in_gguf(
+        "norm.weight", "ssm_norm.weight", Reshape(rows=lambda config: config["mamba_n_groups"])
+    ),
 )
 
 
@@ -119,10 +99,7 @@ def adopt(config: Config, called: Mapping[str, str], defaults: Mapping[str, Any]
     inner = made["mamba_expand"] * made["hidden_size"]
     if made["mamba_d_head"] == "auto":
         made["mamba_d_head"] = inner // made["mamba_n_heads"]
-    wrong = [k for k in _COUNTS if type(made[k]) is not int or not 0 < made[k] < 1 << 24]
-    if wrong:
-        given = ", ".join(f"{called.get(k, k)} ({str(made[k])[:40]!r})" for k in wrong)
-        raise UnsupportedModelError(f"the config needs positive whole numbers for {given}")
+    whole_numbers(made, 1, *_COUNTS)
     heads, groups = made["mamba_n_heads"], made["mamba_n_groups"]
     if heads * made["mamba_d_head"] != inner or heads % groups:
         raise UnsupportedModelError(
@@ -216,9 +193,9 @@ def record(graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> An
     graph.linear(x, names[0], [gate, both, dt])
     kernel = weights.vector(f"{module}conv1d.weight").reshape(own.convolved, own.width)
     tape.causal_conv(both, both, kernel, bias=weights.optional(f"{module}conv1d.bias"))
-    rates = _rates(weights.vector(f"{module}A_log"))
+    a = rates(weights.vector(f"{module}A_log"))
     bias, d = weights.vector(f"{module}dt_bias"), weights.vector(f"{module}D")
-    tape.time_steps(dt, bias, a=rates, decay=decay, limits=own.limits)
+    tape.time_steps(dt, bias, a=a, decay=decay, limits=own.limits)
     sizes = {"head_dim": own.head_dim, "groups": own.groups, "size": own.size}
     tape.scan(both, dt, decay, y, **sizes, d=d)
     tape.gate(gate, y)
