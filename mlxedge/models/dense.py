@@ -212,6 +212,8 @@ class Dense:
 
         def need(key: str) -> int:
             value = get(key)
+            if value is not None and not isinstance(value, (int, float, str)):
+                value = int(max(value))  # of each layer
             if not isinstance(value, int) or value <= 0:
                 raise UnsupportedModelError(
                     f"the GGUF metadata lacks a positive {self.arch}.{key}: the file is incomplete"

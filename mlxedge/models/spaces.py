@@ -26,7 +26,7 @@ EPSILON = "layer_norm_epsilon"
 _MODULE = "model.layers.{i}.mamba."
 _KERNEL = f"{_MODULE}conv1d.weight"
 #: How files call the modules of models without attention.
-_MODULES = {
+MODULES = {
     _MODULE: "backbone.layers.{i}.mixer.",
     "model.layers.": "backbone.layers.",
     "model.embed_tokens.": "backbone.embeddings.",
@@ -78,8 +78,9 @@ def only_silu(config: Config) -> None:
         )
 
 
-def _stored(name: Name) -> Name:
-    for module, own in _MODULES.items():
+def stored(name: Name, modules: Mapping[str, str]) -> Name:
+    """With the name that files have for it, where the first of ``modules`` that fits is another."""
+    for module, own in modules.items():
         if name.hf.startswith(module):
             other = own + name.hf.removeprefix(module)
             return replace(name, stored=other, mlx=other)
@@ -114,7 +115,7 @@ class Spaces:
             model_type=self.model_type,
             architecture=self.architecture,
             gguf_arch=self.mixer,
-            names=tuple(_stored(name) for name in made if ".self_attn." not in name.hf),
+            names=tuple(stored(name, MODULES) for name in made if ".self_attn." not in name.hf),
             wiring=WIRING,
             attends=False,
             widths=self.widths,

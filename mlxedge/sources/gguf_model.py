@@ -117,10 +117,11 @@ def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) ->
             gguf.path, f"the metadata of architecture {spec.gguf_arch} makes no sense: {error}"
         ) from error
     names = {t.name for t in gguf.tensors}
+    own = {name.split(".", 2)[-1] for name in names if name.startswith("blk.")}
     config["tie_word_embeddings"] = "output.weight" not in names
     for key, tensor in _OPTIONS.items():
         if key in config:
-            config[key] = tensor in names
+            config[key] = tensor in own
     config["torch_dtype"] = _DTYPE_NAMES[_float_type(gguf)]
     for key, gguf_key in _SPECIAL_IDS.items():
         token = gguf.metadata.get(gguf_key)
@@ -129,12 +130,12 @@ def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) ->
     return config
 
 
-#: Config keys, each with a tensor that tells what they say.
+#: Config keys, each with a tensor of a layer that tells what they say; not all layers may have it.
 _OPTIONS = {
-    "attention_bias": "blk.0.attn_q.bias",
-    "use_qkv_bias": "blk.0.attn_q.bias",
-    "mlp_bias": "blk.0.ffn_up.bias",
-    "use_qk_norm": "blk.0.attn_q_norm.weight",
+    "attention_bias": "attn_q.bias",
+    "use_qkv_bias": "attn_q.bias",
+    "mlp_bias": "ffn_up.bias",
+    "use_qk_norm": "attn_q_norm.weight",
 }
 _SPECIAL_IDS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-FULL, CONV, SPACE = "full_attention", "conv", "linear_attention"
+FULL, CONV, SPACE, MLP = "full_attention", "conv", "linear_attention", "mlp"
 
 OWN: dict[str, dict[str, Any]] = {
     "lfm2": {
@@ -35,6 +35,18 @@ OWN: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.3,
         "logits_scaling": 2.5,
     },
+    "nemotron_h": {
+        "num_hidden_layers": 5,
+        "layers_block_type": [SPACE, MLP, FULL, SPACE, MLP],
+        "head_dim": 48,
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 32,
+        "n_groups": 3,
+        "ssm_state_size": 16,
+        "chunk_size": 32,
+        # The least that transformers alone goes by.
+        "time_step_min": 1e-12,
+    },
     "mamba": {"intermediate_size": 256, "tie_word_embeddings": True},
     "mamba2": {
         "num_heads": 8,
@@ -59,6 +71,14 @@ SAVED: dict[str, dict[str, Any]] = {
         "full_attn_idxs": [1, 3],
         "block_ffn_dim_multiplier": 1.3,
         "num_key_value_heads": 4,
+    },
+    "nemotron_h": {"model_type": "nemotron_h"},
+    "nemotron_h-biases": {
+        "model_type": "nemotron_h",
+        "mlp_bias": True,
+        "conv_kernel": 3,
+        "num_key_value_heads": 4,
+        "layer_norm_epsilon": 1e-4,
     },
     "mamba": {"model_type": "mamba"},
     "mamba-untied-low-rank": {
@@ -104,6 +124,7 @@ SAVED: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
         "layer_types": [SPACE, FULL, FULL, SPACE],
+        "attention_bias": True,
     },
 }
 PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -129,6 +150,14 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 PARTIAL |= {
+    "nemotron_h-tied": (
+        {"model_type": "nemotron_h", "tie_word_embeddings": True},
+        {"mlx": "tied embeddings"},
+    ),
+    "nemotron_h-biased-spaces": (
+        {"model_type": "nemotron_h", "use_bias": True, "use_conv_bias": False},
+        {"gguf": "no biases around .*; .* needs biases of"},
+    ),
     "mamba-wide-biases": (
         {
             "model_type": "mamba",
@@ -229,6 +258,7 @@ WIDE: dict[str, dict[str, Any]] = {
         "num_dense_layers": 2,
         "moe_intermediate_size": 256,
     },
+    "nemotron_h": {"layers_block_type": [SPACE, MLP, FULL] * 3, "head_dim": 64},
     "mamba": {"intermediate_size": 512},
     "mamba2": {"num_heads": 16},
     "granitemoehybrid": {"layer_types": [SPACE, FULL, SPACE] * 3},

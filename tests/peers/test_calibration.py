@@ -47,6 +47,7 @@ OTHERS = (
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
     "lfm2",
+    "mamba",
     "mamba2",
     "granitemoehybrid-dense-tied",
 )
@@ -101,9 +102,11 @@ def test_sums_and_hessians(name: str, tmp_path: Path) -> None:
     with open_source(folder) as opened:
         sample = Sample(IDS, "random", "", IDS.size, False)
         found = list(collect(prepare(opened)[1], sample, hessians=True))
-    assert {n for one in found for n in one.names} == set(expected)
+    # transformers multiplies with this one outside of a module.
+    steps = {n for one in found for n in one.names if n.endswith("dt_proj.weight")}
+    assert {n for one in found for n in one.names} - steps == set(expected)
     for one in found:
-        for matrix in one.names:
+        for matrix in set(one.names) - steps:
             x = expected[matrix].astype(np.float64)
             assert one.statistics.total == len(x)
             np.testing.assert_allclose(one.statistics.sums[0], (x * x).sum(0), rtol=1e-4)

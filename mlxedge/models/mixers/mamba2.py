@@ -96,15 +96,18 @@ def adopt(config: Config, called: Mapping[str, str], defaults: Mapping[str, Any]
     for key, default in defaults.items():
         given = made.get(called.get(key, key))
         made[key] = default if given is None else given
-    inner = made["mamba_expand"] * made["hidden_size"]
-    if made["mamba_d_head"] == "auto":
+    inner = None
+    if "mamba_expand" in defaults:
+        inner = made["mamba_expand"] * made["hidden_size"]
+    if made["mamba_d_head"] == "auto" and inner is not None:
         made["mamba_d_head"] = inner // made["mamba_n_heads"]
     whole_numbers(made, 1, *_COUNTS)
     heads, groups = made["mamba_n_heads"], made["mamba_n_groups"]
-    if heads * made["mamba_d_head"] != inner or heads % groups:
+    channels = heads * made["mamba_d_head"]
+    if heads % groups or inner not in (None, channels):
         raise UnsupportedModelError(
             f"{heads} heads of {made['mamba_d_head']} in {groups} groups are not the "
-            f"{inner} channels of a state space"
+            f"{inner or channels} channels of a state space"
         )
     made["time_step_limit"] = _limits(made.get("time_step_limit"))
     return made
@@ -165,8 +168,8 @@ def back(get: Callable[[str], Any]) -> Config:
     }
 
 
-def objections(config: Mapping[str, Any], runtime: str) -> list[str]:
-    """What the runtimes do not have of it."""
+def objections(config: Mapping[str, Any], runtime: str, *, own_norms: bool = False) -> list[str]:
+    """What the runtimes do not have of it. ``own_norms``: mlx-lm has a norm for each group."""
     own, found = settings(config), []
     if runtime == "gguf" and own.limits != (0.0, float("inf")):
         found.append("llama.cpp does not limit time steps (time_step_limit)")
@@ -174,7 +177,7 @@ def objections(config: Mapping[str, Any], runtime: str) -> list[str]:
         found.append("llama.cpp has no biases around a state space")
     if runtime == "gguf" and not config["mamba_conv_bias"]:
         found.append("llama.cpp needs biases of the convolution")
-    if runtime == "mlx" and own.groups != 1:
+    if runtime == "mlx" and own.groups != 1 and not own_norms:
         found.append("mlx-lm has one norm for all groups of a state space, this model one for each")
     if own.width < 2:
         found.append("the runtimes need convolutions of more than one position")
