@@ -71,13 +71,21 @@ class Reshape:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """The world's rows are ours divided by ``factors(config, rows)``, f32 ``[rows]``. Codes cannot
+    follow, but where all factors are one."""
+
+    factors: Callable[[Config, int], np.ndarray]
+
+
+@dataclass(frozen=True)
 class Each:
     """Steps of its own for each of several tensors."""
 
     steps: tuple[tuple[Step, ...], ...]
 
 
-Step = Join | Split | Transpose | Values | Reshape | Each
+Step = Join | Split | Transpose | Values | Reshape | Scale | Each
 
 
 @dataclass(frozen=True)

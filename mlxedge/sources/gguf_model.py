@@ -136,6 +136,7 @@ _OPTIONS = {
     "use_qkv_bias": "attn_q.bias",
     "mlp_bias": "ffn_up.bias",
     "use_qk_norm": "attn_q_norm.weight",
+    "mamba_rms_norm": "ssm_norm.weight",
 }
 _SPECIAL_IDS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",

@@ -23,6 +23,7 @@ from mlxedge.models.recasts import (
     Join,
     Recast,
     Reshape,
+    Scale,
     Split,
     Step,
     Transpose,
@@ -342,6 +343,31 @@ def _shaped(tensor: SourceTensor, shape: Shape) -> SourceTensor:
     return replace(made, read_rows=read, read_scales=None)
 
 
+def _scale(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
+    assert isinstance(step, Scale)
+    return [_scaled(tensor, 1 / step.factors(config, tensor.rows)) for tensor in tensors]
+
+
+def _scale_back(
+    config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
+) -> list[SourceTensor]:
+    assert isinstance(step, Scale)
+    return [_scaled(tensor, step.factors(config, tensor.rows)) for tensor in tensors]
+
+
+def _scaled(tensor: SourceTensor, factors: np.ndarray) -> SourceTensor:
+    """Each row times a number of its own."""
+    if (factors == 1).all():
+        return tensor
+    source = _decoded(tensor)
+
+    def read(start: int, stop: int) -> Parts:
+        values = source.read_rows(start, stop)["weight"]
+        return {"weight": values * factors[start:stop, None].astype(np.float32)}
+
+    return replace(source, read_rows=read)
+
+
 def _each(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
     assert isinstance(step, Each)
     made = []
@@ -380,6 +406,7 @@ _THERE: dict[type, Callable[[Config, Step, list[SourceTensor]], list[SourceTenso
     Transpose: _transpose,
     Values: _values,
     Reshape: _reshape,
+    Scale: _scale,
     Each: _each,
 }
 _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list[SourceTensor]]] = {
@@ -388,6 +415,7 @@ _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list
     Transpose: _transpose_back,
     Values: _values_back,
     Reshape: _shape_back,
+    Scale: _scale_back,
     Each: _each_back,
 }
 

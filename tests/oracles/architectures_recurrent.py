@@ -35,6 +35,22 @@ OWN: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.3,
         "logits_scaling": 2.5,
     },
+    "falcon_h1": {
+        "mamba_d_ssm": 160,
+        "mamba_n_heads": 5,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 32,
+        "mamba_norm_before_gate": False,
+        "lm_head_multiplier": 0.7,
+        "embedding_multiplier": 2.5,
+        "mlp_multipliers": [0.8, 1.3],
+        "key_multiplier": 0.6,
+        "attention_in_multiplier": 1.2,
+        "attention_out_multiplier": 0.9,
+        "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
+        "ssm_in_multiplier": 1.25,
+        "ssm_out_multiplier": 0.4,
+    },
     "nemotron_h": {
         "num_hidden_layers": 5,
         "layers_block_type": [SPACE, MLP, FULL, SPACE, MLP],
@@ -71,6 +87,17 @@ SAVED: dict[str, dict[str, Any]] = {
         "full_attn_idxs": [1, 3],
         "block_ffn_dim_multiplier": 1.3,
         "num_key_value_heads": 4,
+    },
+    "falcon_h1": {"model_type": "falcon_h1"},
+    "falcon_h1-tied-norm": {
+        "model_type": "falcon_h1",
+        "tie_word_embeddings": True,
+        "lm_head_multiplier": 2.5,
+        "mamba_rms_norm": True,
+        "mamba_d_ssm": None,
+        "mamba_n_heads": 8,
+        "head_dim": 48,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
     },
     "nemotron_h": {"model_type": "nemotron_h"},
     "nemotron_h-biases": {
@@ -150,6 +177,19 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 PARTIAL |= {
+    "falcon_h1-tied-scaled": (
+        {"model_type": "falcon_h1", "tie_word_embeddings": True},
+        {"gguf": "does not scale the logits"},
+    ),
+    "falcon_h1-groups-limits": (
+        {
+            "model_type": "falcon_h1",
+            "mamba_n_groups": 5,
+            "mamba_rms_norm": True,
+            "time_step_limit": [0.1, 0.8],
+        },
+        {"gguf": "does not limit", "mlx": "one norm for all groups .*; .* does not limit"},
+    ),
     "nemotron_h-tied": (
         {"model_type": "nemotron_h", "tie_word_embeddings": True},
         {"mlx": "tied embeddings"},
@@ -258,6 +298,7 @@ WIDE: dict[str, dict[str, Any]] = {
         "num_dense_layers": 2,
         "moe_intermediate_size": 256,
     },
+    "falcon_h1": {"mamba_d_ssm": 320},
     "nemotron_h": {"layers_block_type": [SPACE, MLP, FULL] * 3, "head_dim": 64},
     "mamba": {"intermediate_size": 512},
     "mamba2": {"num_heads": 16},

@@ -47,6 +47,8 @@ OTHERS = (
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
     "lfm2",
+    "falcon_h1",
+    "nemotron_h",
     "mamba",
     "mamba2",
     "granitemoehybrid-dense-tied",

@@ -189,11 +189,23 @@ def groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
 
 
 def record(graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> Any:
-    tape, weights, own = graph.tape, graph.weights, graph.shape.mixing["mamba2"]
-    module = f"model.layers.{layer}.mamba."
-    widths = own.inner, own.convolved, own.heads, own.heads, own.inner
-    gate, both, dt, decay, y = graph.buffers("mamba2", widths)
+    own = graph.shape.mixing["mamba2"]
+    gate, both, dt = projected(graph, own)
     graph.linear(x, names[0], [gate, both, dt])
+    return scan(graph, layer, own)
+
+
+def projected(graph: Graph, own: Mamba2) -> list[Any]:
+    """The buffers of what the first matrix gives: the gate, what is convolved, the time steps."""
+    return graph.buffers("mamba2 projected", [own.inner, own.convolved, own.heads])
+
+
+def scan(graph: Graph, layer: int, own: Mamba2) -> Any:
+    """Record the steps from what is ``projected`` up to what the last matrix sees."""
+    tape, weights = graph.tape, graph.weights
+    module = f"model.layers.{layer}.mamba."
+    gate, both, dt = projected(graph, own)
+    decay, y = graph.buffers("mamba2", [own.heads, own.inner])
     kernel = weights.vector(f"{module}conv1d.weight").reshape(own.convolved, own.width)
     tape.causal_conv(both, both, kernel, bias=weights.optional(f"{module}conv1d.bias"))
     a = rates(weights.vector(f"{module}A_log"))
@@ -202,6 +214,7 @@ def record(graph: Graph, layer: int, names: list[tuple[str, ...]], x: Any) -> An
     sizes = {"head_dim": own.head_dim, "groups": own.groups, "size": own.size}
     tape.scan(both, dt, decay, y, **sizes, d=d)
     tape.gate(gate, y)
-    weight = weights.vector(f"{module}norm.weight")
-    tape.group_norm(gate, weight, graph.shape.epsilon, own.groups)
+    weight = weights.optional(f"{module}norm.weight")
+    if weight is not None:
+        tape.group_norm(gate, weight, graph.shape.epsilon, own.groups)
     return gate
