@@ -61,6 +61,12 @@ class MlxLmEngine:
         from mlx_lm.utils import load_model
 
         spec = spec_for(checkpoint.config)
+        if checkpoint.origin.kind == "hf" and not spec.mlx_reads_stored:
+            raise UsageError(
+                f"mlx-lm reads {spec.model_type} right from an MLX folder only: convert "
+                f"{checkpoint.origin.path} first (mlxedge convert … --to mlx:4bit), or use engine "
+                "numpy"
+            )
         # mlx-lm reads one style of rope settings only; what it is given has both.
         config = spec.mlx_config(spec.settle(normalise(checkpoint.config, checkpoint.tensors)))
         try:

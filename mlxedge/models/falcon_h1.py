@@ -154,7 +154,7 @@ def _back(config: Config, get: Get) -> Config:
     return config | own | {"mamba_d_ssm": own["mamba_n_heads"] * own["mamba_d_head"]}
 
 
-SPEC = Dense(
+_SPEC = Dense(
     model_type="falcon_h1",
     architecture="FalconH1ForCausalLM",
     arch="falcon-h1",
@@ -175,3 +175,5 @@ SPEC = Dense(
     back=_back,
     check=_check,
 ).spec()
+# mlx-lm leaves the multipliers of keys and values out as it reads folders that are not its own.
+SPEC = replace(_SPEC, mlx_reads_stored=False)

@@ -107,6 +107,8 @@ class ModelSpec:
     #: The architecture in GGUF of a model of a config, where that is another one.
     archs: Callable[[Config], str | None] = lambda config: None
     wiring: Wiring = PRE_NORM
+    #: Whether mlx-lm computes what is meant from a Hugging Face folder, too.
+    mlx_reads_stored: bool = True
     #: The config key of the norms' epsilon.
     epsilon: str = "rms_norm_eps"
     adopt: Callable[[Config], Config] = lambda config: config

@@ -47,7 +47,6 @@ OTHERS = (
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
     "lfm2",
-    "falcon_h1",
     "nemotron_h",
     "mamba",
     "mamba2",
@@ -83,12 +82,14 @@ def called_by_us(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.nd
     with open_source(folder) as opened:
         spec, checkpoint = prepare(opened)
         for name, x in inputs.items():
-            ours = [spec.canonical(name)[0]]
+            # Files may call the whole otherwise than transformers does.
+            stored = f"backbone.{name.removeprefix('model.')}"
+            ours = [spec.canonical(name)[0], spec.canonical(stored)[0]]
             for recast in spec.recasts:
                 layer = recast.layer_of(name, recast.other) if recast.world == "stored" else None
                 if layer is not None:
                     ours += recast.at(layer, recast.canonical)
-            found |= {own: x for own in ours if own in checkpoint.tensors or name == HEAD}
+            found |= {own: x for own in ours if own in checkpoint.tensors or own == HEAD}
     return found
 
 
