@@ -35,6 +35,15 @@ OWN: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.3,
         "logits_scaling": 2.5,
     },
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 12,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+        "use_mamba_kernels": False,
+    },
     "falcon_h1": {
         "mamba_d_ssm": 160,
         "mamba_n_heads": 5,
@@ -87,6 +96,14 @@ SAVED: dict[str, dict[str, Any]] = {
         "full_attn_idxs": [1, 3],
         "block_ffn_dim_multiplier": 1.3,
         "num_key_value_heads": 4,
+    },
+    "jamba": {"model_type": "jamba"},
+    "jamba-tied-low-rank": {
+        "model_type": "jamba",
+        "tie_word_embeddings": True,
+        "attn_layer_period": 4,
+        "mamba_dt_rank": 6,
+        "mamba_d_conv": 3,
     },
     "falcon_h1": {"model_type": "falcon_h1"},
     "falcon_h1-tied-norm": {
@@ -177,6 +194,19 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
 }
 PARTIAL |= {
+    "jamba-experts": (
+        {"model_type": "jamba", "num_experts": 6, "num_experts_per_tok": 2},
+        {"mlx": "normalises the scores"},
+    ),
+    "jamba-biases": (
+        {
+            "model_type": "jamba",
+            "mamba_expand": 3,
+            "mamba_proj_bias": True,
+            "mamba_conv_bias": False,
+        },
+        {"gguf": "no biases around .*; .* needs biases .*; .* have twice as many"},
+    ),
     "falcon_h1-tied-scaled": (
         {"model_type": "falcon_h1", "tie_word_embeddings": True},
         {"gguf": "does not scale the logits"},
@@ -298,6 +328,7 @@ WIDE: dict[str, dict[str, Any]] = {
         "num_dense_layers": 2,
         "moe_intermediate_size": 256,
     },
+    "jamba": {},
     "falcon_h1": {"mamba_d_ssm": 320},
     "nemotron_h": {"layers_block_type": [SPACE, MLP, FULL] * 3, "head_dim": 64},
     "mamba": {"intermediate_size": 512},

@@ -47,6 +47,7 @@ OTHERS = (
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
     "lfm2",
+    "jamba",
     "nemotron_h",
     "mamba",
     "mamba2",

@@ -113,7 +113,7 @@ def test_tensors_beyond_the_model_are_refused(
 
 @pytest.mark.parametrize("model_type", known_model_types())
 def test_expected_tensors_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
-    fixed_heads = ("mamba", "mamba2", "olmoe", "qwen2", "qwen2_moe", "stablelm")
+    fixed_heads = ("jamba", "mamba", "mamba2", "olmoe", "qwen2", "qwen2_moe", "stablelm")
     settings = {"head_dim": 48} if model_type not in fixed_heads else {}
     if model_type == "llama":
         settings |= {"attention_bias": True, "mlp_bias": True}

@@ -89,7 +89,7 @@ def whole(checkpoint: Checkpoint, ids: np.ndarray, results: int) -> list[np.ndar
 
 
 OTHERS = ("gemma3_text", "granite", "phi3", "cohere2", "olmo2")
-RECURRENT = ("lfm2", "mamba", "mamba2", "granitemoehybrid", "nemotron_h", "falcon_h1")
+RECURRENT = ("lfm2", "mamba", "mamba2", "granitemoehybrid", "nemotron_h", "falcon_h1", "jamba")
 SHAPES: dict[str, dict[str, Any]] = {
     "untied-biases": {"tied": False, "attention_bias": True, "kv_heads": 4},
     "odd-widths": {"hidden": 72, "heads": 3, "kv_heads": 1, "intermediate": 100, "head_dim": 20},
