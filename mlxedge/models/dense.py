@@ -62,7 +62,7 @@ class Dense:
 
     - ``fixed``: config keys that every model of this type has (``attention_bias`` and the like).
     - ``defaults``: what transformers takes for keys that a config leaves out, and ``theta`` for
-      the base of rotary embeddings.
+      the base of rotary embeddings, which are there if it ``rotates``.
     - ``freq_factors``: whether llama.cpp reads ``rope_freqs.weight``; ``head_dim_free``: whether it
       allows heads that do not add up to the hidden size.
     - ``keys``: further config keys that GGUF has; ``mlx``: those that mlx-lm reads under another
@@ -94,6 +94,7 @@ class Dense:
     ropes: Callable[[Config], tuple[Rope | None, ...]] = one_rope
     epsilon: str = "rms_norm_eps"
     theta: float = DEFAULT_THETA
+    rotates: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
     keys: tuple[Key, ...] = ()
     mlx: Callable[[Config], Config] = lambda config: {}
@@ -146,7 +147,7 @@ class Dense:
         config = self.adopts(config)
         missing = {k: v for k, v in self.defaults.items() if config.get(k) is None}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if config.get("rope_theta") is None and "rope_theta" not in rope:
+        if self.rotates and config.get("rope_theta") is None and "rope_theta" not in rope:
             missing |= {"rope_theta": self.theta}
         return config | missing
 
@@ -256,7 +257,7 @@ class Dense:
             for name, gguf_key in _expert_keys(self.experts).items():
                 if (value := get(gguf_key)) is not None or name not in config:
                     config[name] = value
-        return self.back(config | both_styles(rope), get)
+        return self.back(config | (both_styles(rope) if self.rotates else {}), get)
 
     def _windows_from_gguf(self, get: Get, layers: int) -> Config:
         window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
@@ -282,7 +283,7 @@ class Dense:
             made["max_position_embeddings"] = window
         if self.wiring.partial:
             made["partial_rotary_factor"] = values["partial_rotary_factor"] = rope.fraction
-        return made | both_styles(values) | self.mlx(config)
+        return made | (both_styles(values) if self.rotates else {}) | self.mlx(config)
 
     def window(self, config: Config, runtime: str) -> int | None:
         """The smallest sliding window of any layer, if the model's context is longer and the

@@ -133,6 +133,7 @@ SPEC = Dense(
     mixers=_mixers,
     widths=mamba.widths,
     ropes=lambda config: (None,) * config["num_hidden_layers"],
+    rotates=False,
     fixed={"mamba_conv_bias": True, "mamba_proj_bias": False},
     defaults={
         "attn_layer_period": 8,

@@ -137,6 +137,7 @@ SPEC = Dense(
     mixers=_mixers,
     widths=mamba2.widths,
     ropes=lambda config: (None,) * config["num_hidden_layers"],
+    rotates=False,
     epsilon=EPSILON,
     fixed={"mlp_bias": False, "use_bias": False, "use_conv_bias": True},
     defaults={

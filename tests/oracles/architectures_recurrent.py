@@ -220,10 +220,6 @@ PARTIAL |= {
         },
         {"gguf": "does not limit", "mlx": "one norm for all groups .*; .* does not limit"},
     ),
-    "nemotron_h-tied": (
-        {"model_type": "nemotron_h", "tie_word_embeddings": True},
-        {"mlx": "tied embeddings"},
-    ),
     "nemotron_h-biased-spaces": (
         {"model_type": "nemotron_h", "use_bias": True, "use_conv_bias": False},
         {"gguf": "no biases around .*; .* needs biases of"},
