@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 
 from mlxedge.fallback.lanes import inline, spread, where
+from mlxedge.fallback.memory import get_f32
 from mlxedge.fallback.tiles import exp
 
 #: As steps know them; the GELUs are the exact one and Hendrycks and Gimpel's with a hyperbolic
-#: tangent (arXiv 1606.08415), "relu2" is the square of ReLU, "none" leaves
-#: values as they are.
-ACTIVATIONS = {"none": -1, "silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
-_GELU_TANH, _GELU, _RELU2 = (ACTIVATIONS[n] for n in ("gelu_tanh", "gelu", "relu2"))
+#: tangent (arXiv 1606.08415), "relu2" is the square of ReLU, "xielu" that of arXiv 2411.13010,
+#: "none" leaves values as they are.
+ACTIVATIONS = {"none": -1, "silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "xielu": 4}
+_GELU_TANH, _GELU, _RELU2, _XIELU = (
+    ACTIVATIONS[n] for n in ("gelu_tanh", "gelu", "relu2", "xielu")
+)
 
 _ZERO, _ONE, _TWO, _HALF = (np.float32(x) for x in (0.0, 1.0, 2.0, 0.5))
 _CUBIC, _STEEP = np.float32(0.044715), np.float32(2.0 * np.sqrt(2.0 / np.pi))
@@ -47,8 +50,19 @@ def _gelu(v: Any) -> Any:
 
 
 @inline
-def activate(kind: int, v: Any) -> Any:
-    """The activation ``kind`` of each lane."""
+def _xielu(v: Any, numbers: int) -> Any:
+    """αp·x² + β·x above zero, αn·(exp(min(x, ε)) - 1 - x) + β·x below; ``numbers`` is the address
+    of αp, αn, β and ε."""
+    positive, negative = get_f32(numbers), get_f32(numbers + 4)
+    beta, least = get_f32(numbers + 8), spread(get_f32(numbers + 12))
+    bent = (exp(where(v > least, least, v)) - spread(_ONE) - v) * negative
+    return where(v > spread(_ZERO), v * v * positive, bent) + v * beta
+
+
+@inline
+def activate(kind: int, v: Any, numbers: int) -> Any:
+    """The activation ``kind`` of each lane; ``numbers`` is the address of those f32 that it has of
+    its own, if any."""
     if kind < 0:
         return v
     if kind == _GELU_TANH:
@@ -59,4 +73,6 @@ def activate(kind: int, v: Any) -> Any:
     if kind == _RELU2:
         positive = where(v > spread(_ZERO), v, spread(_ZERO))
         return positive * positive
+    if kind == _XIELU:
+        return _xielu(v, numbers)
     return _silu(v)

@@ -52,7 +52,8 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 (
     NUMBER, Q, K, V, OUT, SLOT, HEADS, KV_HEADS, HEAD_DIM, ROTATED, Q_NORM, K_NORM, EPSILON,
     SCALE, WINDOW, CAP, ROPE, NEIGHBOURS, NORM, NORM_ROW, VALUE_DIM, ROTATED_FROM, SINKS, KEPT,
-) = (8 * i for i in range(1, 25))  # fmt: skip
+    SLOPES,
+) = (8 * i for i in range(1, 26))  # fmt: skip
 #: What the field NORM adds up: LayerNorm instead of RMSNorm, and after the rotation.
 LAYER_NORM, NORM_LAST = 1, 2
 
@@ -168,12 +169,24 @@ def _cap(scores: int, first: int, last: int, scale: float, cap: float) -> None:
         store_f32(scores + 4 * p, tanh(v) * cap)
 
 
+@inline
+def _slope(
+    scores: int, first: int, last: int, scale: float, slope: float, here: int, lanes: int
+) -> None:
+    """Turn scores into scale · score - slope · distance; ``lanes`` are the numbers 0 to 15."""
+    numbers = load_f32(lanes)
+    for p in range(first, last, 16):
+        v = (numbers + np.float32(p - here)) * slope
+        store_f32(scores + 4 * p, load_f32(scores + 4 * p) * scale + v)
+
+
 def _attend(step: int, frame: int, thread: int) -> None:
     """Attention of n new positions to all before them; a tile is up to four rows of queries that
     share a head of the cache: neighbouring positions, or the heads of a group at one position."""
     heads, kv_heads = get_i64(step + HEADS), get_i64(step + KV_HEADS)
     size, window = get_i64(step + HEAD_DIM), get_i64(step + WINDOW)
     value_size, sinks = get_i64(step + VALUE_DIM), get_i64(step + SINKS)
+    slopes = get_i64(step + SLOPES)
     padded, group = (value_size + 15) // 16 * 16, heads // kv_heads
     capacity = get_i64(frame + CAPACITY)
     table = get_i64(frame + KV) + 16 * get_i64(step + SLOT)
@@ -233,6 +246,10 @@ def _attend(step: int, frame: int, thread: int) -> None:
             row, factor = scores + r * row_bytes, scale
             if cap > _ZERO:
                 _cap(row, first, last, scale, cap)
+                factor = _ONE
+            if slopes != 0:
+                slope = get_f32(slopes + 64 + 4 * (head + (1 - stride) * r))
+                _slope(row, first, last, factor, slope, here, slopes)
                 factor = _ONE
             sink = _LOW
             if sinks != 0:

@@ -64,7 +64,7 @@ def _convolve(step: int, frame: int, thread: int) -> None:
                 j = i - kept + k
                 p = x + j * x_row + at if j >= 0 else state + (j + kept) * row + at
                 v = fma(load_f32(weight + k * row + at), load_f32(p), v)
-            store_f32(out + i * out_row + at, activate(kind, v))
+            store_f32(out + i * out_row + at, activate(kind, v, 0))
         for k in range(kept):
             store_f32(state + k * row + at, load_f32(later + 64 * k))
 

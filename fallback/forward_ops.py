@@ -19,12 +19,13 @@ from mlxedge.fallback.frame import (
     COUNTERS,
     SCRATCH,
     SCRATCH_BYTES,
+    START,
     STEP_SIGNATURE,
     THREADS,
     TOKENS,
     N,
 )
-from mlxedge.fallback.lanes import LANES, inline
+from mlxedge.fallback.lanes import LANES, inline, spread, where
 from mlxedge.fallback.linear import COLS, KERNEL, compile_c
 from mlxedge.fallback.memory import get_f32, get_i64, load_f32, put_f32, store_f32
 from mlxedge.fallback.team import call_6, fetch_add
@@ -49,12 +50,12 @@ _MATRIX, _ROWS, _OUT, _BIAS, _SUM = (8 * i for i in range(PART_FIELDS))
 
 
 def _embed(step: int, frame: int, thread: int) -> None:
-    """Decode the rows of the tokens."""
+    """Decode the rows of the tokens, or of their positions."""
     matrix, buffer = get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
     out, out_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
-    tokens = get_i64(frame + TOKENS)
+    tokens, by_position = get_i64(frame + TOKENS), get_i64(step + _THIRD)
     for i in range(thread, get_i64(frame + N), get_i64(frame + THREADS)):
-        token = get_i64(tokens + 8 * i)
+        token = get_i64(frame + START) + i if by_position else get_i64(tokens + 8 * i)
         call_6(get_i64(matrix + KERNEL), matrix, token, token + 1, 0, out + i * out_row, out_row)
 
 
@@ -95,11 +96,12 @@ def _gate(step: int, frame: int, thread: int) -> None:
     gate, gate_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     up, up_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
     kind, gated = get_i64(step + _FIFTH), get_i64(step + _SECOND) != 0
+    numbers = get_i64(step + _SIXTH)
     vectors = (get_i64(step + _THIRD) + LANES - 1) // LANES
     n, threads = get_i64(frame + N) * get_i64(step + _FOURTH), get_i64(frame + THREADS)
     for unit in range(thread * vectors * n // threads, (thread + 1) * vectors * n // threads):
         i, d = unit // vectors, unit % vectors * 64
-        v = activate(kind, load_f32(gate + i * gate_row + d))
+        v = activate(kind, load_f32(gate + i * gate_row + d), numbers)
         if gated:
             v = v * load_f32(up + i * up_row + d)
         store_f32(gate + i * gate_row + d, v)
@@ -132,6 +134,32 @@ def _scale(step: int, frame: int, thread: int) -> None:
         if cap > _ZERO:
             v = tanh(v * (_ONE / cap)) * cap
         store_f32(x + 64 * unit, v)
+
+
+def _clip(step: int, frame: int, thread: int) -> None:
+    """x within a limit on both sides."""
+    buffer = frame + get_i64(step + _FIRST)
+    x, row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    vectors, limit = get_i64(frame + N) * row // 64, get_f32(step + _SECOND)
+    threads = get_i64(frame + THREADS)
+    for unit in range(thread * vectors // threads, (thread + 1) * vectors // threads):
+        v = load_f32(x + 64 * unit)
+        v = where(v > spread(limit), spread(limit), v)
+        store_f32(x + 64 * unit, where(v > spread(-limit), v, spread(-limit)))
+
+
+def _temper(step: int, frame: int, thread: int) -> None:
+    """x · (1 + β·log(1 + ⌊position / span⌋))."""
+    buffer = frame + get_i64(step + _FIRST)
+    x, x_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    stop = (get_i64(step + _SECOND) + LANES - 1) // LANES * 64
+    beta, span, start = get_f32(step + _THIRD), get_i64(step + _FOURTH), get_i64(frame + START)
+    for i in range(thread, get_i64(frame + N), get_i64(frame + THREADS)):
+        turns = np.float32((start + i) // span)
+        factor = _ONE + beta * np.log(_ONE + turns)
+        for d in range(0, stop, 64):
+            p = x + i * x_row + d
+            store_f32(p, load_f32(p) * factor)
 
 
 @inline
@@ -223,6 +251,8 @@ _STEPS = {
     "gate": _gate,
     "add": _add,
     "scale": _scale,
+    "clip": _clip,
+    "temper": _temper,
     "linear": _linear,
 }
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from mlxedge.encodings import F32
 from mlxedge.errors import UsageError
 from mlxedge.fallback import attention, causal_conv
 from mlxedge.fallback import frame as fr
@@ -37,7 +38,7 @@ _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
 #: How a router's logits become scores: see :meth:`Tape.route`.
 Score = Literal["softmax", "sigmoid", "softmax_top"]
 #: See :mod:`mlxedge.fallback.activations`.
-Activation = Literal["none", "silu", "gelu_tanh", "gelu", "relu2"]
+Activation = Literal["none", "silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 #: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
 #: which expert of how many that is for: 0 of 1, but for the taps of experts.
 Watch = Callable[[Any, np.ndarray, int, int], None]
@@ -213,13 +214,18 @@ class Tape(RecurrentSteps):
         self._kept.append(copy)
         return int(copy.ctypes.data)
 
-    def embed(self, table: Matrix, out: Buffer) -> None:
-        """out = the rows of the tokens."""
+    def embed(
+        self, table: Matrix, out: Buffer, of: Literal["tokens", "positions"] = "tokens"
+    ) -> None:
+        """out = the rows of the tokens, or of their positions, which all have one."""
+        if not table.compiled and of == "positions":
+            # What Python does is told tokens alone.
+            table = Matrix({"weight": table.decode()}, F32, table.rows, table.cols)
         self._kept.append(table)
         if not table.compiled:
             self._host(HostedEmbed(table, out))
             return
-        self._record(step_kernel("embed"), table.address, out.offset)
+        self._record(step_kernel("embed"), table.address, out.offset, int(of == "positions"))
 
     def norm(
         self,
@@ -255,11 +261,18 @@ class Tape(RecurrentSteps):
             fields += [p.matrix.address, p.matrix.rows, p.out.offset, self._vector(p.bias), onto]
         self._record(step_kernel("linear"), *fields)
 
-    def gate(self, gate: Buffer, up: Buffer | None, activation: Activation = "silu") -> None:
-        """gate = activation(gate) · up, or without up, for every position or slot."""
+    def gate(
+        self,
+        gate: Buffer,
+        up: Buffer | None,
+        activation: Activation = "silu",
+        numbers: np.ndarray | None = None,
+    ) -> None:
+        """gate = activation(gate) · up, or without up, for every position or slot; ``numbers`` f32
+        are those that the activation has of its own."""
         offset = 0 if up is None else up.offset
         fields = gate.offset, offset, gate.width, gate.slots, ACTIVATIONS[activation]
-        self._record(step_kernel("gate"), *fields)
+        self._record(step_kernel("gate"), *fields, self._vector(numbers))
 
     def add(self, x: Buffer, to: Buffer, factor: float = 1.0) -> None:
         """to += factor · x."""
@@ -268,6 +281,17 @@ class Tape(RecurrentSteps):
     def scale(self, x: Buffer, factor: float, cap: float = 0.0) -> None:
         """x = factor · x, and then cap · tanh(x / cap) if ``cap`` is not zero."""
         self._record(step_kernel("scale"), x.offset, _bits(factor), _bits(cap))
+
+    def clip(self, x: Buffer, limit: float) -> None:
+        """x = x within ± ``limit``, for every position."""
+        self._record(step_kernel("clip"), x.offset, _bits(limit))
+
+    def temper(self, x: Buffer, beta: float, span: int) -> None:
+        """x = x · (1 + β·log(1 + ⌊position / span⌋)): the attention temperature of Llama 4, as in
+        transformers' ``modeling_llama4.py``."""
+        if span <= 0:
+            raise UsageError(f"a temperature cannot change every {span} positions")
+        self._record(step_kernel("temper"), x.offset, x.width, _bits(beta), span)
 
     def route(
         self,
@@ -389,6 +413,7 @@ class Tape(RecurrentSteps):
         value_dim: int | None = None,
         rotated_from: int = 0,
         sinks: np.ndarray | None = None,
+        slopes: np.ndarray | None = None,
         slot: int | None = None,
     ) -> int:
         """out = attention of the rotated ``q`` to everything in the cache of a new layer, whose
@@ -402,7 +427,8 @@ class Tape(RecurrentSteps):
         LayerNorm if ``centred``, before the rotation, or after it if ``norm_last``; of one head
         for all, or of each. A ``window`` > 0 hides all but that many last positions, and a ``cap``
         > 0 makes scores cap · tanh(score / cap). ``sinks`` f32 ``[heads]`` are scores of nothing,
-        which take their share of the softmax.
+        which take their share of the softmax; from scores ``slopes`` f32 ``[heads]`` take so much
+        for each position between (ALiBi, arXiv 2108.12409).
         """
         value_dim = head_dim if value_dim is None else value_dim
         kept = slot is None
@@ -415,6 +441,9 @@ class Tape(RecurrentSteps):
         shared += [_bits(epsilon), _bits(scale), window, _bits(cap), rope, int(neighbours), kind]
         shared.append(4 * head_dim if apart else 0)
         shared += [value_dim, 4 * rotated_from, self._vector(sinks), kv_heads if kept else 0]
+        if slopes is not None:
+            slopes = np.concatenate([np.arange(LANES, dtype=np.float32), slopes])
+        shared.append(self._vector(slopes))
         self._record(attention.keep_kernel(), len(self._steps), *shared)
         self._record(attention.attend_kernel(), len(self._steps), *shared)
         return slot

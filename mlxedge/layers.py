@@ -26,7 +26,7 @@ import numpy as np
 
 from mlxedge.errors import BadWeightsError, DiskFullError, OutputError, UsageError
 from mlxedge.models.decoder import CHUNK
-from mlxedge.models.graph import TABLE, Graph
+from mlxedge.models.graph import POSITIONS, TABLE, Graph
 from mlxedge.models.shape import shape_of
 from mlxedge.models.weights import Weights
 from mlxedge.ops import load_forward
@@ -255,8 +255,14 @@ class LayerRunner(AbstractContextManager["LayerRunner"]):
             matrix = self._ops.Matrix(parts, tensor.encoding, last - first, shape.hidden)
             rows[start:stop] = matrix.decode()[used[start:stop] - first]
         rows *= np.float32(shape.factors.embedding)
+        positions: np.ndarray | float = 0.0
+        if POSITIONS in self._weights:
+            tensor = self._weights.tensor(POSITIONS, (shape.context, shape.hidden))
+            parts = tensor.read_rows(0, self.length)
+            matrix = self._ops.Matrix(parts, tensor.encoding, self.length, shape.hidden)
+            positions = matrix.decode()
         for index, tokens in enumerate(self._ids):
-            self.states.write(index, rows[np.searchsorted(used, tokens)])
+            self.states.write(index, rows[np.searchsorted(used, tokens)] + positions)
         self._embedded = True
 
 

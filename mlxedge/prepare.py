@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlxedge.encodings import PLAIN
 from mlxedge.errors import CorruptFileError, UnsupportedEncodingError, UnsupportedModelError
 from mlxedge.models import ModelSpec, known_model_types, normalise, spec_for
-from mlxedge.models.recasts import World
+from mlxedge.models.recasts import WORLDS
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -36,11 +36,11 @@ def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
         note = f"{len(ahead)} tensors of layers that predict further tokens are left out"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     kept = _canonical(spec, checkpoint, ahead)
-    kept = from_world(spec, config, kept, _WORLDS[checkpoint.origin.kind])
+    kept = from_world(spec, config, kept, WORLDS[checkpoint.origin.kind])
     head, table = kept.get("lm_head.weight"), kept.get("model.embed_tokens.weight")
     if config["tie_word_embeddings"] and head is not None:
         # As in transformers 5, a head that differs is the model's own, whatever the config says.
-        if table is None or not _has_weights_here(checkpoint) or _same_weights(head, table):
+        if table is None or not checkpoint.has_weights_here or _same_weights(head, table):
             del kept["lm_head.weight"]
         else:
             config = config | {"tie_word_embeddings": False}
@@ -55,14 +55,12 @@ def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
     return spec, replace(checkpoint, config=config, tensors=Tensors(kept))
 
 
-#: Whose names and forms the tensors of a checkpoint have, by what its files are.
-_WORLDS: dict[str, World] = {"hf": "stored", "mlx": "mlx", "gguf": "gguf"}
-
 #: What the tensors of a language model are called within one that sees or hears as well.
 _WITHIN = (
-    (re.compile(r"(?:model\.)?language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"(?:model\.)?language_model\.(?:model\.)?"), "model."),
+    (re.compile(r"(?:model\.)?(?:language|text)_model\.lm_head\."), "lm_head."),
+    (re.compile(r"(?:model\.)?(?:language|text)_model\.(?:model\.)?"), "model."),
     (re.compile(r"lm_head\."), "lm_head."),
+    (re.compile(r"model\.(?=(?:embed_tokens|layers|norm)\.)"), "model."),
 )
 #: Of the whole, where its language model does not say: all else in its config is not of text.
 _OF_THE_WHOLE = (
@@ -77,14 +75,22 @@ _OF_THE_WHOLE = (
 )
 
 
+#: Where configs hold that of the language model; the others are those of remote code.
+_TEXT_KEYS = ("text_config", "llm_config", "language_config")
+
+
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
     """The language model of a checkpoint that holds one beside encoders of images or sound and is
     itself of no type that is known; any other checkpoint as it is."""
     from mlxedge.sources.checkpoint import Tensors
 
     config = checkpoint.config
-    text = config.get("text_config")
+    text = next((config[key] for key in _TEXT_KEYS if key in config), None)
     known = known_model_types()
+    if text is None and isinstance(config.get("vision_config"), dict):
+        # Configs of old have the keys of both in one.
+        text = {key: value for key, value in config.items() if not key.endswith("_config")}
+        text["model_type"] = f"{config.get('model_type')}_text"
     if not isinstance(text, dict) or config.get("model_type") in known:
         return checkpoint
     if text.get("model_type") not in known:
@@ -120,10 +126,11 @@ def _canonical(
 
     found: dict[str, SourceTensor] = {}
     experts: dict[str, dict[int, SourceTensor]] = {}
+    world = WORLDS[checkpoint.origin.kind]
     for stored, tensor in checkpoint.tensors.items():
         if stored in without or spec.is_ignored(stored):
             continue
-        name, expert = spec.canonical(stored)
+        name, expert = spec.canonical(spec.spelt(stored), world)
         if expert is None:
             found[name] = tensor if name == stored else replace(tensor, name=name)
         else:
@@ -144,11 +151,6 @@ def check_weights(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     those of the model that its config describes."""
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     spec.check_tensors(checkpoint.config, shapes, checkpoint.origin.path)
-
-
-def _has_weights_here(checkpoint: Checkpoint) -> bool:
-    """Whether weights can be read at no cost: inspecting a model on the Hub has headers only."""
-    return any(file.suffix in (".safetensors", ".gguf") for file in checkpoint.origin.files)
 
 
 def _same_weights(one: SourceTensor, other: SourceTensor) -> bool:

@@ -6,6 +6,7 @@ conversion/llama.py, as vendored by llama-cpp-python 0.3.36.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,6 +40,11 @@ def no_windows(config: Config) -> tuple[int, ...]:
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
+def no_ropes(config: Config) -> tuple[Rope | None, ...]:
+    """Nothing rotates."""
+    return (None,) * config["num_hidden_layers"]
+
+
 def one_rope(config: Config) -> tuple[Rope | None, ...]:
     """The same in all layers."""
     return (rope_settings(config),) * config["num_hidden_layers"]
@@ -62,18 +68,24 @@ class Dense:
 
     - ``fixed``: config keys that every model of this type has (``attention_bias`` and the like).
     - ``defaults``: what transformers takes for keys that a config leaves out, and ``theta`` for
-      the base of rotary embeddings, which are there if it ``rotates``.
+      the base of rotary embeddings.
     - ``freq_factors``: whether llama.cpp reads ``rope_freqs.weight``; ``head_dim_free``: whether it
       allows heads that do not add up to the hidden size.
     - ``keys``: further config keys that GGUF has; ``mlx``: those that mlx-lm reads under another
       name or in another form.
+      ``hf`` gives the config for transformers, where that is of another type.
       ``gguf`` gives GGUF's metadata that no config key has.
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
     - ``archs``, ``widths``: see ``ModelSpec``.
+    - ``nearly``: what the runtimes compute nearly, as configs call it: GGUF then says which it is.
+    - ``lacks``: the runtimes that do not have it; ``wires``: a config's wiring, where it differs.
+    - ``yarn_told``: the runtimes that can be told yarn's attention factor.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
-    - ``recasts``: see ``ModelSpec``.
+    - ``unties``: whether mlx-lm gets a tied table twice, as it needs a head of its own.
+    - ``recasts``, ``spellings``: see ``ModelSpec``; ``buffers``: patterns of names of
+      tensors that old files hold beside the weights.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
 
@@ -87,6 +99,8 @@ class Dense:
     head_dim_free: bool = True
     experts: Experts | None = None
     recasts: tuple[Recast, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    buffers: tuple[str, ...] = ()
     drops_predicting: bool = False
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
@@ -94,17 +108,22 @@ class Dense:
     ropes: Callable[[Config], tuple[Rope | None, ...]] = one_rope
     epsilon: str = "rms_norm_eps"
     theta: float = DEFAULT_THETA
-    rotates: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
     keys: tuple[Key, ...] = ()
     mlx: Callable[[Config], Config] = lambda config: {}
     gguf: Callable[[Config], gv.Metadata] = lambda config: {}
+    hf: Callable[[Config], Config] = lambda config: config
     windowed: Container[str] = ()
     period: int = 0
     longrope: bool = False
     widths: Callable[[Config], Mapping[str, int]] = lambda config: {}
+    nearly: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    wires: Callable[[Config], Wiring] | None = None
+    yarn_told: Container[str] = ()
     notes: Callable[[Config, str], list[str]] = lambda config, runtime: []
     tied: Mapping[str, bool] = field(default_factory=dict)
+    unties: bool = False
     adopts: Callable[[Config], Config] = lambda config: config
     settles: Callable[[Config], Config] = lambda config: config
     #: The sliding window of each layer, 0 for none, as transformers 5 applies it.
@@ -125,6 +144,7 @@ class Dense:
             gguf_extra=self.gguf_extra,
             config_from_gguf=self.config_from_gguf,
             mlx_config=self.mlx_config,
+            hf_config=self.hf,
             objections=self.objections,
             notes=self.notes,
             window=self.window,
@@ -134,12 +154,17 @@ class Dense:
             factors=self.factors,
             widths=self.widths,
             wiring=self.wiring,
+            wires=self.wires,
+            lacks=self.lacks,
+            unties=self.unties,
             epsilon=self.epsilon,
             adopt=self.adopt,
             settle=self.settle,
             reads=self.reads,
             experts=self.experts,
             recasts=self.recasts,
+            spellings=self.spellings,
+            ignored=(*ModelSpec.ignored, *self.buffers),
             drops_predicting=self.drops_predicting,
         )
 
@@ -147,7 +172,9 @@ class Dense:
         config = self.adopts(config)
         missing = {k: v for k, v in self.defaults.items() if config.get(k) is None}
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if self.rotates and config.get("rope_theta") is None and "rope_theta" not in rope:
+        if self.ropes is no_ropes:
+            return config | missing
+        if config.get("rope_theta") is None and "rope_theta" not in rope:
             missing |= {"rope_theta": self.theta}
         return config | missing
 
@@ -171,9 +198,10 @@ class Dense:
             "attention.value_length": gv.u32(head_dim),
             self._epsilon_key: gv.f32(config[self.epsilon]),
             "vocab_size": gv.u32(config["vocab_size"]),
-            "rope.dimension_count": gv.u32(rope.dims(head_dim)),
-            "rope.freq_base": gv.f32(rope.theta),
         }
+        if self.ropes is not no_ropes:
+            values["rope.dimension_count"] = gv.u32(rope.dims(head_dim))
+            values["rope.freq_base"] = gv.f32(rope.theta)
         for key in self.keys:
             value = config.get(key.config)
             if (value := key.none if value is None else value) is not None:
@@ -183,6 +211,8 @@ class Dense:
             own = [kind == _SLIDING for kind in layer_types(config, self.period)]
             if own != (pattern := [w > 0 for w in windows]) or not self.period:
                 values["attention.sliding_window_pattern"] = gv.array("bool", pattern)
+        if self.nearly:
+            values["hidden_activation"] = gv.string(activation_name(config, self.wiring))
         if self.experts is not None:
             keys = _expert_keys(self.experts)
             values |= {gguf_key: gv.u32(config[key]) for key, gguf_key in keys.items()}
@@ -235,7 +265,7 @@ class Dense:
         config: Config = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
-            "hidden_act": self.wiring.activation,
+            "hidden_act": (self.nearly and get("hidden_activation")) or self.wiring.activation,
             "hidden_size": hidden,
             "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"),
@@ -257,7 +287,10 @@ class Dense:
             for name, gguf_key in _expert_keys(self.experts).items():
                 if (value := get(gguf_key)) is not None or name not in config:
                     config[name] = value
-        return self.back(config | (both_styles(rope) if self.rotates else {}), get)
+        return self.back(config | self._both_styles(rope), get)
+
+    def _both_styles(self, rope: dict[str, Any]) -> Config:
+        return {} if self.ropes is no_ropes else both_styles(rope)
 
     def _windows_from_gguf(self, get: Get, layers: int) -> Config:
         window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
@@ -279,11 +312,13 @@ class Dense:
         made |= {k: v for k, v in self.fixed.items() if k not in made}
         if "mlx" not in self.windowed:
             made.pop("layer_types", None)  # it runs every layer with full attention
+        if self.unties:
+            made["tie_word_embeddings"] = False
         if (window := self.window(config, "mlx")) is not None:
             made["max_position_embeddings"] = window
         if self.wiring.partial:
             made["partial_rotary_factor"] = values["partial_rotary_factor"] = rope.fraction
-        return made | (both_styles(values) if self.rotates else {}) | self.mlx(config)
+        return made | self._both_styles(values) | self.mlx(config)
 
     def window(self, config: Config, runtime: str) -> int | None:
         """The smallest sliding window of any layer, if the model's context is longer and the
@@ -295,10 +330,13 @@ class Dense:
 
     def objections(self, config: Config, runtime: str) -> list[str]:
         """Why llama.cpp ("gguf") or mlx-lm ("mlx") would compute something else."""
+        if runtime in self.lacks:
+            return [f"{NAMES[runtime]} does not have this architecture ({self.model_type})"]
         rope = self._rope(config)
         found = list(self.check(config, runtime))
         name = activation_name(config, self.wiring)
-        if ACTIVATIONS.get(name) != ACTIVATIONS[self.wiring.activation]:
+        computed = {ACTIVATIONS[own] for own in (self.wiring.activation, *self.nearly)}
+        if ACTIVATIONS.get(name) not in computed:
             found.append(f"hidden_act {name[:40]!r} is not {self.wiring.activation}")
         if rope.fraction != 1.0 and not self.wiring.partial:
             found.append("partial rotary embeddings are not part of this architecture")
@@ -311,7 +349,9 @@ class Dense:
         full = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
         if runtime == "gguf" and not full and not self.head_dim_free:
             found.append(f"llama.cpp's {self.arch} needs heads that add up to the hidden size")
-        return found + rope_objections(rope, runtime, self.arch, self.freq_factors)
+        return found + rope_objections(
+            rope, runtime, self.arch, self.freq_factors, runtime in self.yarn_told
+        )
 
 
 def _expert_keys(experts: Experts) -> dict[str, str]:
@@ -326,11 +366,61 @@ def _expert_keys(experts: Experts) -> dict[str, str]:
     return keys
 
 
+def under(config: Config, keys: Mapping[str, str]) -> Config:
+    """The config with what stands under other ``keys`` under those that are read here."""
+    return config | {to: config[key] for key, to in keys.items() if config.get(key) is not None}
+
+
+def mirrored(config: Config, keys: Mapping[str, str]) -> Config:
+    """The config with what an architecture has under keys of its own under ours as well, and the
+    other way round: ``keys`` are ours by its."""
+    found = {}
+    for own, key in keys.items():
+        value = config.get(own)
+        found[own] = found[key] = config.get(key) if value is None else value
+    return config | found
+
+
+#: GELU, exact or its approximation by tanh, where runtimes have one of both: they differ by 5e-4.
+GELUS = ("gelu", "gelu_new")
+#: GPT-2's keys, which others have as well, and ours.
+GPT2_KEYS = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "activation_function": "hidden_act",
+}
+
+
 def plain_rope(config: Config, runtime: str) -> list[str]:
     """An objection where a runtime has no scaled rotary embeddings for an architecture."""
     kind = rope_settings(config).type
     model_type = config["model_type"]
     return [] if kind == "default" else [f"{runtime}'s {model_type} has no {kind} rope scaling"]
+
+
+def longrope_objections(config: Config) -> list[str]:
+    """An objection where mlx-lm would scale cosine and sine otherwise."""
+    rope = rope_settings(config)
+    if rope.type != LONG:
+        return []
+    ratio = config["max_position_embeddings"] / rope.original_max_position
+    scale = 1 + math.log(max(ratio, 1.0)) / math.log(rope.original_max_position)
+    if math.isclose(rope.attention_factor, math.sqrt(scale), rel_tol=1e-6):
+        return []
+    return ["mlx-lm cannot be told this longrope attention_factor"]
+
+
+def longrope_notes(config: Config, runtime: str) -> list[str]:
+    rope = rope_settings(config)
+    if runtime == "gguf" or rope.type != LONG or rope.short_factor == rope.long_factor:
+        return []
+    return [
+        "mlx-lm always rotates by the factors of long contexts: up to "
+        f"{rope.original_max_position} tokens it differs from the model"
+    ]
 
 
 def experts_everywhere(experts: Experts, config: Config, runtime: str) -> list[str]:

@@ -133,5 +133,4 @@ class Experts:
             "experts": shape.count,
             "expert": shape.width,
             "shared": shape.shared_width,
-            "one": 1,
         }

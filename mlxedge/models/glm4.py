@@ -16,7 +16,7 @@ WIRING = Wiring(
 )
 
 
-def _check(config: Config, runtime: str) -> list[str]:
+def check(config: Config, runtime: str) -> list[str]:
     return plain_rope(config, "mlx-lm") if runtime == "mlx" else []
 
 
@@ -29,5 +29,5 @@ SPEC = Dense(
     fixed={"attention_bias": False},
     defaults={"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5},
     tied={"mlx": False},
-    check=_check,
+    check=check,
 ).spec()

@@ -13,8 +13,11 @@ from mlxedge.models.mixers import load_mixer
 from mlxedge.models.rope import Rope, inverse_frequencies
 from mlxedge.models.shape import Shape
 from mlxedge.models.weights import Weights
+from mlxedge.models.wiring import TRAINED
 
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING_NORM = "model.embed_norm"
+POSITIONS = "model.embed_positions.weight"
+TABLE, HEAD, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
 #: The matrices of an MLP, those together that have the same input.
 _MLP = {
     "gated": ("mlp.gate_proj", "mlp.up_proj"),
@@ -107,6 +110,10 @@ class Graph:
         self.tape.embed(table, self.x)
         if self.shape.factors.embedding != 1.0:
             self.tape.scale(self.x, self.shape.factors.embedding)
+        if POSITIONS in self.weights:
+            rows = self.weights.matrix(POSITIONS, self.shape.context, self.shape.hidden)
+            self.tape.embed(rows, self._delta, of="positions")
+            self.tape.add(self._delta, self.x)
         return table
 
     def block(self, layer: int) -> None:
@@ -118,6 +125,8 @@ class Graph:
         groups = layer_groups(shape, layer)
         mixing = len(mixer.groups(shape, layer))
         o_names, mlp_names = groups[mixing - 1], groups[mixing:]
+        if layer == 0 and wiring.embedding_norm:
+            self.norm(x, EMBEDDING_NORM, x)
         seen = self._normed(block, wiring.attention_norm, h)
         mixed = mixer.record(self, layer, groups[: mixing - 1], seen)
         if not wiring.parallel:
@@ -136,10 +145,22 @@ class Graph:
         else:
             gate, *up = self._dense_buffers
             self.linear(seen, mlp_names[0], [gate, *up])
-            tape.gate(gate, up[0] if up else None, shape.activation)
+            numbers = self._trained(block)
+            tape.gate(gate, up[0] if up else None, shape.activation, numbers)
             self._linear_onto(gate, mlp_names[1], block, wiring.mlp_out_norm)
         if wiring.parallel:
             tape.add(after, x, shape.factors.residual)
+
+    def _trained(self, block: str) -> np.ndarray | None:
+        """What the activation of an MLP has trained, as the tape takes it."""
+        parts = TRAINED.get(self.shape.activation)
+        if parts is None:
+            return None
+        found = [self.weights.vector(f"{block}mlp.act_fn.{part}") for part in parts]
+        alpha_p, alpha_n, beta, epsilon = np.concatenate(found).astype(np.float64)
+        # Trained are those of which the softplus counts.
+        alphas = np.logaddexp(0.0, alpha_p), beta + np.logaddexp(0.0, alpha_n)
+        return np.array([*alphas, beta, epsilon], np.float32)
 
     def _linear_onto(self, x: Any, names: tuple[str, ...], block: str, norm: str | None) -> None:
         """The stream += the factor · the norm, where there is one, of the product of x."""
@@ -200,7 +221,8 @@ class Graph:
         name = head_name(self.weights)
         if table is None or name != TABLE:
             table = self.weights.matrix(name, self.shape.vocab, self.shape.hidden)
-        self.tape.linear(self._h, [self._ops.Product(table, logits)])
+        bias = self.weights.optional(HEAD_BIAS)
+        self.tape.linear(self._h, [self._ops.Product(table, logits, bias)])
         factors = self.shape.factors
         if factors.logits != 1.0 or factors.logits_cap:
             self.tape.scale(logits, factors.logits, factors.logits_cap)
@@ -244,7 +266,10 @@ class Graph:
     def norm(self, x: Any, module: str, out: Any) -> None:
         """out = the norm of x with the weights of ``module``."""
         wiring = self.shape.wiring
-        weight = self.weights.vector(f"{module}.weight")
+        if wiring.bare_norm:
+            weight = np.ones(x.width, np.float32)
+        else:
+            weight = self.weights.vector(f"{module}.weight")
         if wiring.unit_norm:
             weight = weight + np.float32(1.0)
         bias = self.weights.optional(f"{module}.bias")

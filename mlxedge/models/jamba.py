@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mlxedge import gguf_values as gv
 from mlxedge.errors import UnsupportedModelError
-from mlxedge.models.dense import Dense, Get
+from mlxedge.models.dense import Dense, Get, no_ropes
 from mlxedge.models.experts import Experts
 from mlxedge.models.mixers import mamba
 from mlxedge.models.names import in_layers, names
@@ -132,8 +132,7 @@ SPEC = Dense(
     recasts=mamba.RECASTS,
     mixers=_mixers,
     widths=mamba.widths,
-    ropes=lambda config: (None,) * config["num_hidden_layers"],
-    rotates=False,
+    ropes=no_ropes,
     fixed={"mamba_conv_bias": True, "mamba_proj_bias": False},
     defaults={
         "attn_layer_period": 8,

@@ -21,15 +21,21 @@ def names(
     experts: Experts | None = None, block: str = "mlp",
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     called: Mapping[str, str] | None = None,
+    mlx_called: Mapping[str, str] | None = None, learned_positions: bool = False,
 ) -> tuple[Name, ...]:  # fmt: skip
     """The tensors of a decoder. ``rope_rows``: Q and K are interleaved in GGUF. With ``experts``,
     files call the module that holds them ``block``, and gate, up and down of one expert ``parts``.
-    ``called`` are modules that files call otherwise, those of a layer without its prefix."""
+    ``called`` are modules that files call otherwise, those of a layer without its prefix, which
+    is ``model.layers`` there; ``mlx_called`` those of MLX folders, if they are others.
+    ``learned_positions``: each has a row of a table."""
     wide, narrow = ("intermediate", "hidden"), ("hidden", "intermediate")
     top: list[tuple[Any, ...]] = [
         ("model.embed_tokens.weight", "token_embd.weight", ("vocab", "hidden")),
         ("lm_head.weight", "output.weight", ("vocab", "hidden"), "same", _untied),
     ]
+    if learned_positions:
+        hf = "model.embed_positions.weight"
+        top.append((hf, "position_embd.weight", ("positions", "hidden")))
     layer = [*_attention(wiring, rope_rows, qkv_bias)]
     layer.append(("self_attn.o_proj.weight", "attn_output.weight", ("hidden", "q")))
     if o_bias:
@@ -53,10 +59,15 @@ def names(
             kinds.append(("gate", "intermediate"))
         for part, width in kinds:
             layer.append((f"mlp.{part}_proj.bias", f"ffn_{part}.bias", (width,), "same", given))
-    norms = [*_norms(wiring)]
+    norms = [] if wiring.bare_norm else [*_norms(wiring)]
     made = [
         *(Name(*entry) for entry in top),
-        *_norm("model.norm", "output_norm", wiring, norm_bias),
+        *(() if wiring.bare_norm else _norm("model.norm", "output_norm", wiring, norm_bias)),
+        *(
+            _norm("model.embed_norm", "token_embd_norm", wiring, norm_bias)
+            if wiring.embedding_norm
+            else ()
+        ),
         *(Name(_BLOCK + hf, "blk.{i}." + gguf, *rest) for hf, gguf, *rest in layer),
         *(
             n
@@ -66,7 +77,7 @@ def names(
         *_head_norms(wiring),
         *(_expert_names(experts, block, parts) if experts else ()),
     ]
-    return tuple(_called(name, called or {}) for name in made)
+    return tuple(_called(name, called or {}, mlx_called) for name in made)
 
 
 def in_layers(
@@ -119,14 +130,20 @@ def _head_norms(wiring: Wiring) -> Iterator[Name]:
         yield Name(hf, f"blk.{{i}}.attn_{part}_norm.weight", shape, offset=offset)
 
 
-def _called(name: Name, called: Mapping[str, str]) -> Name:
-    """With the name that files have for it."""
-    module, _, leaf = name.hf.rpartition(".")
-    own = called.get(module.removeprefix(_BLOCK))
-    if own is None:
-        return name
-    other = f"{_BLOCK}{own}.{leaf}" if module.startswith(_BLOCK) else f"{own}.{leaf}"
-    return replace(name, stored=other, mlx=other)
+def _called(name: Name, called: Mapping[str, str], mlx: Mapping[str, str] | None) -> Name:
+    """With the names that files have for it."""
+    stored = _other(name.hf, called)
+    other = stored if mlx is None else _other(name.hf, mlx)
+    return replace(name, stored=stored or name.stored, mlx=other or name.mlx)
+
+
+def _other(hf: str, called: Mapping[str, str]) -> str | None:
+    module, _, leaf = hf.rpartition(".")
+    home = f"{called.get('model.layers', 'model.layers')}.{{i}}."
+    inner = module.removeprefix(_BLOCK)
+    own = called.get(inner, inner)
+    other = f"{home}{own}.{leaf}" if module.startswith(_BLOCK) else f"{own}.{leaf}"
+    return None if other == hf else other
 
 
 def _expert_names(experts: Experts, block: str, parts: Sequence[str]) -> Iterator[Name]:

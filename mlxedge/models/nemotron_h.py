@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mlxedge import gguf_values as gv
 from mlxedge.errors import UnsupportedModelError
-from mlxedge.models.dense import Dense, Get
+from mlxedge.models.dense import Dense, Get, no_ropes
 from mlxedge.models.mixers import mamba2
 from mlxedge.models.names import in_layers, names
 from mlxedge.models.spaces import EPSILON, MODULES, stored, whole_numbers
@@ -136,8 +136,7 @@ SPEC = Dense(
     recasts=mamba2.RECASTS,
     mixers=_mixers,
     widths=mamba2.widths,
-    ropes=lambda config: (None,) * config["num_hidden_layers"],
-    rotates=False,
+    ropes=no_ropes,
     epsilon=EPSILON,
     fixed={"mlp_bias": False, "use_bias": False, "use_conv_bias": True},
     defaults={

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from mlxedge.models.dense import Dense, Key, every_layer
+from mlxedge.models.dense import Dense, Key, every_layer, longrope_notes, longrope_objections
 from mlxedge.models.names import names
 from mlxedge.models.rope import LONG, rope_settings
 from mlxedge.models.rope_files import rope_values
@@ -29,11 +27,8 @@ def _check(config: Config, runtime: str) -> list[str]:
         found.append("the runtimes need heads that add up to the hidden size")
     if rope.type not in ("default", LONG):
         found.append(f"phi3 has no {rope.type} rope scaling")
-    if rope.type == LONG and runtime == "mlx":
-        ratio = config["max_position_embeddings"] / rope.original_max_position
-        scale = 1 + math.log(max(ratio, 1.0)) / math.log(rope.original_max_position)
-        if not math.isclose(rope.attention_factor, math.sqrt(scale), rel_tol=1e-6):
-            found.append("mlx-lm cannot be told this longrope attention_factor")
+    if runtime == "mlx":
+        found += longrope_objections(config)
     return found
 
 
@@ -44,16 +39,6 @@ def _mlx(config: Config) -> Config:
         return {}
     scaling = {k: v for k, v in rope_values(rope).items() if k != "rope_theta"}
     return {"rope_scaling": scaling | {"type": LONG}}
-
-
-def _notes(config: Config, runtime: str) -> list[str]:
-    rope = rope_settings(config)
-    if runtime == "gguf" or rope.type != LONG or rope.short_factor == rope.long_factor:
-        return []
-    return [
-        "mlx-lm always rotates by the factors of long contexts: up to "
-        f"{rope.original_max_position} tokens it differs from the model"
-    ]
 
 
 SPEC = Dense(
@@ -74,5 +59,5 @@ SPEC = Dense(
     windows=lambda config: every_layer(config, None),
     settles=_settle,
     check=_check,
-    notes=_notes,
+    notes=longrope_notes,
 ).spec()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Config = dict[str, Any]
 #: Hugging Face folders, GGUF files, MLX folders.
 World = Literal["stored", "gguf", "mlx"]
+#: Whose names and forms the tensors of a checkpoint have, by what its files are.
+WORLDS: Mapping[str, World] = {"hf": "stored", "mlx": "mlx", "gguf": "gguf"}
 #: From a config and the rows of each part the order in which a world has them:
 #: ``joined = concatenated[order]``.
 Order = Callable[[Config, Sequence[int]], "np.ndarray"]
@@ -48,7 +50,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Transpose:
-    """The last two axes change places. Codes cannot follow: they are decoded to floats."""
+    """The last two axes change places. Codes cannot follow: they are decoded to floats.
+
+    ``floats``: what is quantized there is not transposed, as of the Conv1D layers of transformers,
+    which quantizers replace by linear ones.
+    """
+
+    floats: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,8 @@ class Recast:
     """In ``world`` the tensors ``canonical`` are ``other``, which ``steps`` make of them in turn.
 
     Both are names with ``{i}`` for the layer, ``other`` those of the world. It serves wherever all
-    the tensors of one side are there. ``exact``: what is made stays f32 whatever becomes of others.
+    the tensors of one side are there, ``when`` the config says so. ``exact``: what is made stays
+    f32 whatever becomes of others.
     """
 
     world: World
@@ -101,6 +110,7 @@ class Recast:
     other: tuple[str, ...]
     steps: tuple[Step, ...]
     exact: bool = False
+    when: Callable[[Config], bool] = lambda config: True
 
     @cached_property
     def _patterns(self) -> Mapping[str, re.Pattern[str]]:
@@ -121,6 +131,24 @@ class Recast:
 
     def at(self, layer: str, side: Sequence[str]) -> list[str]:
         return [name.replace("{i}", layer) for name in side]
+
+
+def joined_qkv(
+    world: World, other: str, order: Order | None = None, *, transposed: bool = False
+) -> tuple[Recast, ...]:
+    """Of q, k and v that are one module ``other``: their weights, which may be ``transposed``
+    there, and their biases."""
+    return tuple(
+        Recast(
+            world,
+            tuple(f"model.layers.{{i}}.self_attn.{part}_proj.{leaf}" for part in "qkv"),
+            (f"{other}.{leaf}",),
+            (Join(order), Transpose(floats=True))
+            if transposed and leaf == "weight"
+            else (Join(order),),
+        )
+        for leaf in ("weight", "bias")
+    )
 
 
 def heads_apart(config: Config, sizes: Sequence[int]) -> np.ndarray:

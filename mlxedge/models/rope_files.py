@@ -21,6 +21,7 @@ Get = Callable[..., Any]
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _FREQUENCIES, _LONG, _SHORT = ROPE_TENSORS
 _ORIGINAL = "rope.scaling.original_context_length"
+_SHARE = "rope.scaling.yarn_log_multiplier"
 _YARN = {
     "beta_fast": "rope.scaling.yarn_beta_fast",
     "beta_slow": "rope.scaling.yarn_beta_slow",
@@ -44,6 +45,8 @@ def rope_metadata(rope: Rope) -> gv.Metadata:
         values[_ORIGINAL] = gv.u32(rope.original_max_position)
         values["rope.scaling.yarn_beta_fast"] = gv.f32(rope.beta_fast)
         values["rope.scaling.yarn_beta_slow"] = gv.f32(rope.beta_slow)
+        if share := _yarn_share(rope):
+            values[_SHARE] = gv.f32(share)
     return values
 
 
@@ -80,8 +83,10 @@ def rope_from_gguf(
         for key, gguf_key in _YARN.items():
             if (value := get(gguf_key)) is not None:
                 rope[key] = float(value)
-    if (rotated := get("rope.dimension_count", head_dim)) != head_dim and partial:
-        rope["partial_rotary_factor"] = rotated / head_dim
+        if share := get(_SHARE):
+            rope |= {"mscale": 1.0, "mscale_all_dim": shortest(float(share))}
+    if partial:
+        rope["partial_rotary_factor"] = get("rope.dimension_count", head_dim) / head_dim
     if _LONG in extra and _SHORT in extra:
         rope |= _original(get) | {
             "rope_type": LONG,
@@ -112,6 +117,8 @@ def rope_values(rope: Rope) -> dict[str, Any]:
         values["high_freq_factor"] = rope.high_freq_factor
     if rope.type == "yarn":
         values |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        if share := _yarn_share(rope):
+            values |= {"mscale": 1.0, "mscale_all_dim": share}
     if rope.type in ("llama3", "yarn", LONG):
         values["original_max_position_embeddings"] = rope.original_max_position
     return values
@@ -127,9 +134,12 @@ def both_styles(rope: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rope_objections(rope: Rope, runtime: str, arch: str, freq_factors: bool) -> list[str]:
+def rope_objections(
+    rope: Rope, runtime: str, arch: str, freq_factors: bool, yarn_told: bool = False
+) -> list[str]:
     """Why a runtime cannot be told these settings; ``freq_factors``: whether llama.cpp reads
-    frequency factors for ``arch``."""
+    frequency factors for ``arch``; ``yarn_told``: whether the runtime reads how much yarn scales
+    cosine and sine."""
     found = []
     if runtime == "gguf" and rope.type == "dynamic":
         found.append("llama.cpp has no dynamic rope scaling")
@@ -137,10 +147,20 @@ def rope_objections(rope: Rope, runtime: str, arch: str, freq_factors: bool) -> 
         found.append(f"llama.cpp reads no llama3 rope factors for {arch}")
     if rope.type == "yarn" and not rope.truncate:
         found.append("the runtime cannot be told this yarn truncate: false")
-    default = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
-    if rope.type == "yarn" and not math.isclose(rope.attention_factor, default, rel_tol=1e-6):
+    if _yarn_share(rope) and not yarn_told:
         found.append("the runtime cannot be told this yarn attention_factor")
     return found
+
+
+def _yarn_share(rope: Rope) -> float:
+    """What configs call ``mscale_all_dim``, beside an ``mscale`` of 1: the attention factor is
+    (0.1·log(factor) + 1) / (0.1·share·log(factor) + 1). 0 where it is yarn's own, or there is no
+    yarn."""
+    if rope.type != "yarn" or rope.factor <= 1:
+        return 0.0
+    grown = 0.1 * math.log(rope.factor)
+    share = ((grown + 1.0) / rope.attention_factor - 1.0) / grown
+    return shortest(share) if abs(share) > 1e-5 else 0.0
 
 
 def shortest(value: float) -> float:

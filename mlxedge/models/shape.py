@@ -70,7 +70,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
         ropes=ropes,
         windows=spec.windows(config),
         activation=activation,
-        wiring=spec.wiring,
+        wiring=spec.wired(config),
         factors=spec.factors(config),
         experts=experts if experts and experts.layers else None,
         mixing={name: load_mixer(name).settings(config) for name in dict.fromkeys(mixers)},

@@ -41,7 +41,8 @@ class Name:
     ``layers(config)`` in which layers, if not in all. ``stored`` is the name in a Hugging Face
     folder where that differs, with ``{e}`` for the expert if each is a tensor of its own; ``mlx``
     that in an MLX folder. ``offset`` is what GGUF adds to the values; ``exact`` ones stay f32
-    whatever the others become.
+    whatever the others become. A ``listed`` one is a number of each layer that GGUF has in its
+    metadata: ``gguf`` is then the key of an array and ``.{i}``.
     """
 
     hf: str
@@ -54,6 +55,7 @@ class Name:
     mlx: str | None = None
     offset: float = 0.0
     exact: bool = False
+    listed: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class ModelSpec:
     - ``gguf_extra(config)``: tensors f32 that only GGUF has, by name (``rope_freqs.weight``).
     - ``config_from_gguf(metadata, extra)``: the way back; ``extra`` holds those tensors, f32.
     - ``mlx_config(config)``: the config.json that mlx-lm reads right.
+    - ``hf_config(config)``: the config.json that transformers reads.
     - ``objections(config, format)``: why the runtime of ``format`` ("gguf", "mlx") cannot compute
       this model, or nothing.
     - ``window(config, format)``: up to how many tokens of context full attention, where that is all
@@ -106,9 +109,16 @@ class ModelSpec:
     widths: Callable[[Config], Mapping[str, int]] = lambda config: {}
     #: The architecture in GGUF of a model of a config, where that is another one.
     archs: Callable[[Config], str | None] = lambda config: None
-    wiring: Wiring = PRE_NORM
     #: Whether mlx-lm computes what is meant from a Hugging Face folder, too.
     mlx_reads_stored: bool = True
+    hf_config: Callable[[Config], Config] = lambda config: config
+    wiring: Wiring = PRE_NORM
+    #: That of a config, where it differs.
+    wires: Callable[[Config], Wiring] | None = None
+    #: Whether a tied table stands twice in MLX folders, as the head as well.
+    unties: bool = False
+    #: The formats whose runtime does not have the architecture.
+    lacks: tuple[str, ...] = ()
     #: The config key of the norms' epsilon.
     epsilon: str = "rms_norm_eps"
     adopt: Callable[[Config], Config] = lambda config: config
@@ -125,6 +135,9 @@ class ModelSpec:
         "rope_factors_long.weight",
         "rope_factors_short.weight",
     )
+    #: How files may spell names otherwise than they are known here: patterns, and what stands for
+    #: what they match.
+    spellings: tuple[tuple[str, str], ...] = ()
     #: Source tensors that carry no weights (buffers) and are dropped.
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
@@ -157,11 +170,11 @@ class ModelSpec:
         for pattern, name in self._by_gguf:
             if match := pattern.fullmatch(gguf_name):
                 return name.hf.format(**match.groupdict()), name.rows
-        if self._recast("gguf", gguf_name):
+        if self.recast_of("gguf", gguf_name) is not None:
             return gguf_name, "same"  # until it is recast
         return None
 
-    def _recast(self, world: World, other: str) -> tuple[Recast, str] | None:
+    def recast_of(self, world: World, other: str) -> tuple[Recast, str] | None:
         """What a world's tensor is made by, and its layer."""
         for recast in self.recasts:
             layer = recast.layer_of(other, recast.other) if recast.world == world else None
@@ -171,7 +184,7 @@ class ModelSpec:
 
     def inputs_of(self, gguf_name: str) -> tuple[str, ...]:
         """The canonical matrices that have the input of a GGUF matrix; none if it is unknown."""
-        if (found := self._recast("gguf", gguf_name)) is not None:
+        if (found := self.recast_of("gguf", gguf_name)) is not None:
             recast, layer = found
             return tuple(recast.at(layer, recast.canonical)) if recast.keeps_columns else ()
         mapped = self.from_gguf(gguf_name)
@@ -186,18 +199,34 @@ class ModelSpec:
         mapped = self.to_gguf(hf_name)
         return () if mapped is None else (mapped[0],)
 
+    def listed(self, layers: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+        """Arrays of GGUF's metadata, by key, that hold tensors of one number: of each of
+        ``layers`` its Hugging Face name and shape."""
+        found = {}
+        for name in self.names:
+            if name.listed:
+                shape = tuple(1 for _ in name.shape)
+                found[name.gguf.removesuffix(".{i}")] = [
+                    (name.hf.format(i=i), shape) for i in range(layers)
+                ]
+        return found
+
     def offset(self, hf_name: str) -> float:
         """What GGUF adds to the values of a Hugging Face tensor."""
         found = (name.offset for pattern, name in self._by_hf if pattern.fullmatch(hf_name))
         return next(found, 0.0)
 
-    def to_mlx(self, hf_name: str) -> str:
-        """The name in an MLX folder."""
-        return self._other(hf_name, "mlx") or hf_name
+    def to_mlx(self, hf_name: str, count: int) -> tuple[str, ...]:
+        """The names in an MLX folder: as ``to_stored``."""
+        return self._named(hf_name, "mlx", count)
 
     def to_stored(self, hf_name: str, count: int) -> tuple[str, ...]:
-        """The names in a Hugging Face folder: one, or ``count`` for a stack of so many experts."""
-        other = self._other(hf_name, "stored")
+        """The names in a Hugging Face folder: one, or ``count`` for a stack of so many experts, or
+        of whatever else is apart in files."""
+        return self._named(hf_name, "stored", count)
+
+    def _named(self, hf_name: str, world: Literal["mlx", "stored"], count: int) -> tuple[str, ...]:
+        other = self._other(hf_name, world)
         if other is None:
             return (hf_name,)
         return tuple(other.format(e=e) for e in range(count)) if "{e}" in other else (other,)
@@ -206,14 +235,21 @@ class ModelSpec:
         for pattern, name in self._by_hf:
             if match := pattern.fullmatch(hf_name):
                 found: str | None = getattr(name, world)
-                return (
-                    None if found is None else found.replace("{i}", match.groupdict().get("i", ""))
-                )
+                i = match.groupdict().get("i", "")
+                return None if found is None else found.replace("{i}", i)
         return None
 
-    def canonical(self, name: str) -> tuple[str, int | None]:
-        """The canonical name of what a Hugging Face or MLX folder calls ``name``, and for one
-        expert of a stack its number. A name that is unknown stays as it is."""
+    def spelt(self, name: str) -> str:
+        """What files call ``name``, as it is known here."""
+        for pattern, own in self.spellings:
+            name = re.sub(pattern, own, name, count=1)
+        return name
+
+    def canonical(self, name: str, world: World = "stored") -> tuple[str, int | None]:
+        """The canonical name of what a file of ``world`` calls ``name``, and for one expert of a
+        stack its number. A name that is unknown, or of a tensor to be recast, stays as it is."""
+        if self.recast_of(world, name) is not None:
+            return name, None
         for pattern, known in self._by_file:
             if match := pattern.fullmatch(name):
                 found = match.groupdict()
@@ -260,6 +296,9 @@ class ModelSpec:
                 found |= {name.hf.format(i=i): shape for i in layers}
         return found
 
+    def wired(self, config: Config) -> Wiring:
+        return self.wiring if self.wires is None else self.wires(config)
+
     def sizes(self, config: Config) -> dict[str, int]:
         """What the words in ``Name.shape`` stand for."""
         head = config["head_dim"]
@@ -267,6 +306,7 @@ class ModelSpec:
             "one": 1,
             "vocab": config["vocab_size"],
             "hidden": config["hidden_size"],
+            "positions": config.get("max_position_embeddings") or 2048,
             "intermediate": config["intermediate_size"],
             "head": head,
             "heads": config["num_attention_heads"],
@@ -324,8 +364,10 @@ class ModelSpec:
         """Whether a source tensor is of layers past the last, which predict further tokens and are
         dropped; ``config`` says that there are some (``PREDICTING``)."""
         ahead = any(config.get(key) for key in PREDICTING) and self.drops_predicting
-        layer = re.match(r"model\.layers\.(\d+)\.", hf_name) if ahead else None
-        return layer is not None and int(layer[1]) >= config["num_hidden_layers"]
+        found = re.match(r"model\.(mtp_)?layers\.(\d+)\.", hf_name) if ahead else None
+        return found is not None and (
+            found[1] is not None or int(found[2]) >= config["num_hidden_layers"]
+        )
 
 
 def _count(names: list[str]) -> str:

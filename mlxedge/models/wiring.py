@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from mlxedge.errors import UnsupportedModelError
 
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 #: Activation functions by the names in configs. transformers' "gelu_new" and "gelu_fast" are the
 #: same function as "gelu_pytorch_tanh", computed in other steps.
-ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh", "gelu", "relu2"]] = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -22,7 +23,10 @@ ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh", "gelu", "relu2"]] = {
     "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
+#: What an activation trains, of each layer: numbers in tensors of the module ``mlp.act_fn``.
+TRAINED = {"xielu": ("alpha_p", "alpha_n", "beta", "eps")}
 #: The runtimes of each format, as people call them.
 NAMES = {"gguf": "llama.cpp", "mlx": "mlx-lm"}
 _ACTIVATION_KEYS = ("hidden_activation", "hidden_act")
@@ -37,7 +41,8 @@ class Wiring:
     ``None`` is no norm. If ``parallel`` the MLP sees x as attention does, and what attention saw
     where there is no ``mlp_norm``.
 
-    - ``layer_norm``: LayerNorm, not RMSNorm; ``unit_norm``: weights are stored less one.
+    - ``layer_norm``: LayerNorm, not RMSNorm; ``unit_norm``: weights are stored less one;
+      ``bare_norm``: there are none; ``embedding_norm``: embeddings have one too.
     - ``activation``: what the runtimes compute, as configs call it; ``mlp``: the product of a gate
       and up, those two in one matrix ("fused"), or up alone ("plain"); "none" for no MLP.
     - ``qkv_fused``: q, k and v are one matrix.
@@ -54,6 +59,8 @@ class Wiring:
     parallel: bool = False
     layer_norm: bool = False
     unit_norm: bool = False
+    bare_norm: bool = False
+    embedding_norm: bool = False
     activation: str = "silu"
     mlp: Literal["gated", "fused", "plain", "none"] = "gated"
     qkv_fused: bool = False
@@ -69,14 +76,22 @@ PRE_NORM = Wiring()
 @dataclass(frozen=True)
 class Factors:
     """What scales and caps activations: of embeddings, of q·k (``None`` for one over the root of
-    the head's size), of what a block adds to x, and of logits; caps are 0 for none."""
+    the head's size, several for one of each layer), of what a block adds to x, and of logits; caps
+    are 0 for none. Queries, keys and values stay within ± ``qkv_limit``. ``tempered`` is the β by
+    which queries grow, as 1 + β·log(1 + ⌊position / ``span``⌋) (Llama 4's attention temperature).
+    ``alibi`` is the exponent of ALiBi's slopes: of n heads they are 2^(-``alibi``/n) and its
+    powers (arXiv 2108.12409)."""
 
     embedding: float = 1.0
-    attention: float | None = None
+    attention: float | tuple[float, ...] | None = None
     residual: float = 1.0
     logits: float = 1.0
     attention_cap: float = 0.0
     logits_cap: float = 0.0
+    qkv_limit: float | None = None
+    tempered: float = 0.0
+    span: int = 0
+    alibi: float = 0.0
 
 
 def activation_name(config: Mapping[str, Any], wiring: Wiring) -> str:
@@ -85,9 +100,7 @@ def activation_name(config: Mapping[str, Any], wiring: Wiring) -> str:
     return str(found)
 
 
-def activation_of(
-    config: Mapping[str, Any], wiring: Wiring
-) -> Literal["silu", "gelu_tanh", "gelu", "relu2"]:
+def activation_of(config: Mapping[str, Any], wiring: Wiring) -> Activation:
     """As the tape calls it; raises UnsupportedModelError if it is none of ``ACTIVATIONS``."""
     name = activation_name(config, wiring)
     if name not in ACTIVATIONS:

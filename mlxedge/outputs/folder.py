@@ -92,3 +92,11 @@ def model_card(checkpoint: Checkpoint, library: str, what: str, recipe: str) -> 
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def type_note(config: dict[str, Any], written: dict[str, Any], reader: str) -> list[str]:
+    """A note where a config is written as that of another architecture."""
+    own, other = config["model_type"], written["model_type"]
+    return (
+        [] if own == other else [f"{reader} gets this {own} as a {other}, which computes the same"]
+    )

@@ -12,6 +12,7 @@ from mlxedge import gguf_values as gv
 from mlxedge.encodings import F32, Encoding
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.spec import ModelSpec
+from mlxedge.ops import load_reference
 from mlxedge.outputs.folder import window_notes
 from mlxedge.outputs.gguf_file import ALIGNMENT, header_bytes
 from mlxedge.plan import (
@@ -31,7 +32,7 @@ from mlxedge.targets import Target
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
 
-    from mlxedge.sources.checkpoint import Checkpoint
+    from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 #: How much larger a file is worth a note.
@@ -65,7 +66,10 @@ def plan_gguf(
     """
     from mlxedge.tokenizer import to_gguf
 
-    sources = to_world(spec, config, checkpoint.tensors, "gguf")
+    listed = spec.listed(config["num_hidden_layers"])
+    numbers = {name for entries in listed.values() for name, _ in entries}
+    tensors = {n: t for n, t in checkpoint.tensors.items() if n not in numbers}
+    sources = to_world(spec, config, tensors, "gguf")
     names: dict[str, tuple[str, Any]] = {}
     for hf_name, source in sources.items():
         mapped = (source.name, "same") if source.name != hf_name else spec.to_gguf(hf_name)
@@ -125,6 +129,13 @@ def plan_gguf(
         checkpoint, spec.arch_of(config), target, sum(t.size for t in checkpoint.tensors.values())
     )
     metadata |= spec.gguf_metadata(config)
+    for key, entries in listed.items():
+        # Nothing is written of a model of which headers alone are here.
+        found = [
+            _number(checkpoint.tensors[name]) if checkpoint.has_weights_here else 0.0
+            for name, _ in entries
+        ]
+        metadata[key] = gv.array("f32", found)
     metadata["general.file_type"] = gv.u32(llama_cpp.file_type(target.recipe))
     metadata["general.quantization_version"] = gv.u32(_QUANTIZATION_VERSION)
     if checkpoint.tokenizer is not None:
@@ -151,6 +162,11 @@ def plan_gguf(
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: llama.cpp can load but not tokenize")
     return plan
+
+
+def _number(tensor: SourceTensor) -> float:
+    """Of a tensor of one."""
+    return float(load_reference().decode(tensor.read(), tensor.encoding).item())
 
 
 def _dims(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -225,6 +241,7 @@ def _shape(spec: ModelSpec, config: dict[str, Any]) -> llama_cpp.Shape:
         layers=layers,
         gqa=heads // kv_heads if kv_heads else 0,
         experts=config["num_experts"] if spec.experts else 0,
+        falcon=spec.gguf_arch == "falcon",
         is_70b=many and spec.gguf_arch in ("llama", "qwen2", "deci", "olmo"),
     )
 

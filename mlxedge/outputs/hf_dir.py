@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.encodings import PLAIN
 from mlxedge.models.spec import ModelSpec
-from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card
+from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card, type_note
 from mlxedge.outputs.safetensors_file import lay_out
 from mlxedge.plan import OutputPlan, PlannedTensor, how_to_make
 from mlxedge.sources.recasts import recast_only, to_world
@@ -30,7 +30,7 @@ def plan_hf(
     for name, source in sources.items():
         encoding = PLAIN["f32" if spec.is_exact(source.name) else target.recipe]
         how, kept = how_to_make(source, encoding)
-        own = spec.to_stored(source.name, source.shape[0])
+        own = spec.to_stored(source.name, (*source.shape, 1)[0])
         first, *others = names = own
         pieces = names if others else ()
         tensors.append(
@@ -40,7 +40,10 @@ def plan_hf(
         )
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "pt"}, parameters)
-    made = {"architectures": [spec.architecture], **clean_config(config, target.recipe)}
+    made = {
+        "architectures": [spec.architecture],
+        **clean_config(spec.hf_config(config), target.recipe),
+    }
     files, notes = common_files(checkpoint)
     files |= {
         "config.json": json_bytes(made),
@@ -50,4 +53,5 @@ def plan_hf(
         files["model.safetensors.index.json"] = layout.index
     plan = OutputPlan(target, path, target.recipe, layout.tensors, layout.files, files, notes)
     plan.sources = recast_only(sources)
+    plan.notes += type_note(config, made, "transformers")
     return plan

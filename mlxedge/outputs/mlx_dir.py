@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxedge.encodings import MLX_FLOAT, PLAIN, Affine, Encoding, MlxFloat
 from mlxedge.models.spec import ModelSpec
-from mlxedge.outputs.folder import clean_config, common_files, json_bytes, model_card, window_notes
+from mlxedge.outputs.folder import (
+    clean_config,
+    common_files,
+    json_bytes,
+    model_card,
+    type_note,
+    window_notes,
+)
 from mlxedge.outputs.safetensors_file import lay_out
 from mlxedge.plan import OutputPlan, PlannedTensor, how_to_make, keeps_codes
 from mlxedge.recipes.overrides import NONE, Overrides, Role, with_scales
@@ -17,6 +25,7 @@ from mlxedge.targets import Target
 if TYPE_CHECKING:
     from mlxedge.sources.checkpoint import Checkpoint, SourceTensor
 
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 #: By the GGUF name, which every architecture has the same.
 _ROLES: dict[str, Role] = {"output.weight": "output", "token_embd.weight": "embedding"}
 
@@ -60,8 +69,16 @@ def plan_mlx(
             encoding, reason = _choose(source, with_scales(told[name], dtype), dtype)
             reason = reason or (None if encoding == quantized else "as told")
         how, kept = how_to_make(source, encoding, keeps_codes)
-        made = spec.to_mlx(source.name)
-        tensors.append(PlannedTensor(name, made, source.shape, encoding, how, kept, reason=reason))
+        own = spec.to_mlx(source.name, (*source.shape, 1)[0])
+        made, pieces = (name, own) if own[1:] else (own[0], ())
+        tensors.append(
+            PlannedTensor(
+                name, made, source.shape, encoding, how, kept, reason=reason, pieces=pieces
+            )
+        )
+    twice = spec.unties and config["tie_word_embeddings"]
+    if twice:
+        tensors += [replace(t, name=_HEAD) for t in tensors if t.name == spec.to_mlx(_TABLE, 1)[0]]
     parameters = sum(t.size for t in checkpoint.tensors.values())
     layout = lay_out(tensors, {"format": "mlx"}, parameters)
 
@@ -79,6 +96,11 @@ def plan_mlx(
     plan = OutputPlan(target, path, label, layout.tensors, layout.files, files)
     plan.sources = recast_only(sources)
     plan.notes += [*notes, *window_notes(spec, config, "mlx"), *about_tokenizer]
+    plan.notes += type_note(config, written, "mlx-lm")
+    if twice:
+        plan.notes.append(
+            "the table of tied embeddings stands twice: mlx-lm needs a head of its own"
+        )
     if checkpoint.tokenizer is None:
         plan.notes.append("the source has no tokenizer: mlx-lm can load but not tokenize")
     return plan

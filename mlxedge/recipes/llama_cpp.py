@@ -142,10 +142,10 @@ class _Mixer:
         return self.overrides.find(name, "gguf", _ROLES.get(category), self.tied)
 
     def _head(self, cols: int) -> Choice:
-        kind, why = head_type(self.recipe, self.base, cols)
+        kind, why = head_type(self.recipe, self.base, cols, self.shape)
         what = "tied embedding and output" if self.tied else "output"
         made = _fit(GGML[kind], cols, None if kind == self.base else f"{what}: {why}")
-        usual = GGML[head_type(self.recipe, self.base, 0)[0]]
+        usual = GGML[head_type(self.recipe, self.base, 0, self.shape)[0]]
         return made if usual == made.encoding else replace(made, instead_of=usual)
 
     def _mix(self, name: str, category: str, dims: tuple[int, ...]) -> tuple[Encoding, str | None]:

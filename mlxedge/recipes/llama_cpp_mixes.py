@@ -1,8 +1,8 @@
 """The tables of llama.cpp's mixes: which tensors get more or fewer bits than the rest.
 
 They say what ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` say in llama.cpp's
-src/llama-quant.cpp, as vendored by llama-cpp-python 0.3.36, for all architectures but falcon,
-bailingmoe3 and glm5-next, which have rules of their own there.
+src/llama-quant.cpp, as vendored by llama-cpp-python 0.3.36, for all architectures but bailingmoe3
+and glm5-next, which have rules of their own there.
 """
 
 from __future__ import annotations
@@ -63,12 +63,14 @@ SHAPE_FALLBACK = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What the rules ask about a model. ``gqa`` is query heads per key/value head in layer 0."""
+    """What the rules ask about a model. ``gqa`` is query heads per key/value head in layer 0;
+    ``falcon``: whether it is one, for which some are others."""
 
     layers: int
     gqa: int
     experts: int = 0
     is_70b: bool = False
+    falcon: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,22 @@ _MIXES: Mapping[str, Mapping[str, _Rule]] = {
     },
 }
 
+#: Falcon's, where they are others.
+_FALCON: Mapping[str, Mapping[str, _Rule]] = {
+    "ffn_down": {
+        **_MIXES["ffn_down"],
+        "q3_k_m": lambda i, n, p, s: (
+            "q5_k" if i < n // 16 else "q4_k" if _more_bits(i, n) else "q3_k"
+        ),
+        "q3_k_l": _always("q4_k"),
+        "q4_k_m": lambda i, n, p, s: (
+            "q6_k" if i < n // 16 else "q5_k" if _more_bits(i, n) else "q4_k"
+        ),
+        "q4_k_s": _always("q4_k"),
+    },
+    "attn_output": {"q3_k_l": _always("q4_k")},
+}
+
 #: The recipes of about two bits and fewer go by rules of their own: recipe → (what attn_v and the
 #: first ffn_down get, what attn_output gets).
 _LOWEST: dict[str, tuple[str, str | None]] = {
@@ -212,7 +230,9 @@ def mix(recipe: str, base: str, place: Place, shape: Shape) -> str:
     if eight and place.category == "attn_output":
         return "q5_k" if recipe in _EIGHT_EXPERTS_OUTPUT else base
     kind = base
-    if rule := _MIXES.get(place.category, {}).get(recipe):
+    own = _FALCON.get(place.category) if shape.falcon else None
+    rules = _MIXES.get(place.category, {}) if own is None else own
+    if rule := rules.get(recipe):
         by_name = shape.experts > 1 and place.category.startswith("ffn_")
         index = place.layer if by_name else place.ordinal
         kind = rule(index, place.total, place, shape) or base
@@ -234,11 +254,11 @@ def _lowest(recipe: str, place: Place, shape: Shape) -> str | None:
     return None
 
 
-def head_type(recipe: str, base: str, cols: int) -> tuple[str, str]:
+def head_type(recipe: str, base: str, cols: int, shape: Shape) -> tuple[str, str]:
     """The type of the output head, or of the embedding where it is the head, and why."""
     if recipe != "mxfp4_moe" and cols % GGML[base].block:
         return "q8_0", f"rows of {cols} do not divide into blocks of {GGML[base].block}"
-    if recipe == "mxfp4_moe" or base == "q8_0":
+    if recipe == "mxfp4_moe" or base == "q8_0" or shape.falcon:
         kind = "q8_0"
     elif recipe in _LOWEST or recipe == "iq3_xxs":
         kind = "q5_k"

@@ -26,6 +26,8 @@ from mlxedge.errors import (
     UnsafeFileError,
     UnsupportedModelError,
 )
+from mlxedge.models import known_model_types, spec_for
+from mlxedge.models.recasts import WORLDS
 from mlxedge.sources.checkpoint import Checkpoint, SourceTensor, Tensors
 from mlxedge.sources.files import check_rows, shown
 from mlxedge.sources.folder import ADAPTER_CONFIG, PICKLE_ADVICE, read_json
@@ -187,9 +189,11 @@ def _merged(
 ) -> tuple[dict[str, SourceTensor], int]:
     """All tensors, and how many the adapter changes."""
     tensors = dict(checkpoint.tensors)
+    names = _names(checkpoint)
     pairs, others = _pairs(config, file)
     for stored in others:
         name = stored.removeprefix(_PREFIX).replace(_BASE, ".")
+        name = names.get(name, name)
         found, have = file.source_tensor(stored), tensors.get(name)
         if have is None and name != "lm_head.weight":  # a tied head that was trained on its own
             raise UnsupportedModelError(
@@ -202,16 +206,35 @@ def _merged(
             )
         tensors[name] = replace(found, name=name)
     for module, pair in pairs.items():
-        name = f"{module}.weight"
+        name = names.get(f"{module}.weight", f"{module}.weight")
         if name not in tensors:
             raise UnsupportedModelError(
                 f"{file.path}: it changes {shown(name)}, which {checkpoint.origin.path} does not "
-                "have: an adapter of another model, or of parameters that are no linear layers"
+                "have: an adapter of another model, of parameters that are no linear layers, or of "
+                "what this file has in another form: merge it into the model that it is made from"
             )
         tensors[name] = _with_product(tensors[name], pair, file)
     if not pairs and not others:
         raise CorruptFileError(file.path, "the adapter holds no tensors")
     return tensors, len(pairs) + len(others)
+
+
+def _names(checkpoint: Checkpoint) -> dict[str, str]:
+    """By the names that transformers has for them, and that adapters are made by, the tensors that
+    a checkpoint calls otherwise."""
+    if checkpoint.config.get("model_type") not in known_model_types():
+        return {}
+    spec, world = spec_for(checkpoint.config), WORLDS[checkpoint.origin.kind]
+    found = {}
+    for name in checkpoint.tensors:
+        spelt = spec.spelt(name)
+        if world != "stored" and spec.recast_of(world, spelt) is None:
+            spelt = spec.to_stored(spec.canonical(spelt, world)[0], 1)[0]
+            if spec.recast_of("stored", spelt) is not None:
+                continue  # it is transposed there
+        if spelt != name:
+            found[spelt] = name
+    return found
 
 
 def _pairs(config: dict[str, Any], file: SafetensorsFile) -> tuple[dict[str, _Pair], list[str]]:

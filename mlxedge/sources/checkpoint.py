@@ -165,6 +165,11 @@ class Checkpoint(AbstractContextManager["Checkpoint"]):
     cache: BlockCache | None = field(default=None, repr=False)
     on_close: Callable[[], None] = field(default=lambda: None, repr=False)
 
+    @property
+    def has_weights_here(self) -> bool:
+        """Whether weights can be read at no cost: an inspection on the Hub has headers only."""
+        return any(file.suffix in (".safetensors", ".gguf") for file in self.origin.files)
+
     def close(self) -> None:
         self.on_close()
 

@@ -121,7 +121,10 @@ def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) ->
     config["tie_word_embeddings"] = "output.weight" not in names
     for key, tensor in _OPTIONS.items():
         if key in config:
-            config[key] = tensor in own
+            config[key] = not own.isdisjoint((tensor, tensor.replace("attn_q.", "attn_qkv.")))
+    for key, tensor in _WITHOUT.items():
+        if key in config:
+            config[key] = bool(config[key]) or tensor not in names
     config["torch_dtype"] = _DTYPE_NAMES[_float_type(gguf)]
     for key, gguf_key in _SPECIAL_IDS.items():
         token = gguf.metadata.get(gguf_key)
@@ -135,9 +138,13 @@ _OPTIONS = {
     "attention_bias": "attn_q.bias",
     "use_qkv_bias": "attn_q.bias",
     "mlp_bias": "ffn_up.bias",
+    "own_attention_norm": "attn_norm_2.weight",
     "use_qk_norm": "attn_q_norm.weight",
+    "qk_layernorm": "attn_q_norm.weight",
     "mamba_rms_norm": "ssm_norm.weight",
 }
+#: The same of a tensor that is missing, where the metadata does not say so.
+_WITHOUT = {"use_parallel_residual": "blk.0.ffn_norm.weight"}
 _SPECIAL_IDS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
@@ -194,7 +201,29 @@ def _tensors(
             f"{', '.join(map(shown, unknown[:3]))}{' …' if len(unknown) > 3 else ''}; "
             "the file needs a reader that knows them"
         )
+    for key, entries in spec.listed(config["num_hidden_layers"]).items():
+        for (name, shape), number in zip(entries, _numbers(gguf, key, len(entries)), strict=True):
+            tensors[name] = _constant(name, np.full(shape, number, np.float32))
     return Tensors(tensors)
+
+
+def _numbers(gguf: GgufFile, key: str, layers: int) -> list[float]:
+    """One of each layer: an array of the metadata, or a number for all."""
+    value = gguf.metadata.get(key)
+    if value is None or (value.item or value.kind) not in ("f32", "f64"):
+        raise CorruptFileError(gguf.path, f"the metadata has no numbers {key}")
+    found = [float(v) for v in value.value] if value.item else [float(value.value)] * layers
+    if len(found) != layers:
+        raise CorruptFileError(gguf.path, f"{key} has {len(found)} numbers for {layers} layers")
+    return found
+
+
+def _constant(name: str, values: np.ndarray) -> SourceTensor:
+    def read(start: int, stop: int) -> Parts:
+        check_rows(name, 1, start, stop)
+        return {"weight": values.reshape(1, -1)[start:stop].copy()}
+
+    return SourceTensor(name, values.shape, PLAIN["f32"], read)
 
 
 def _source_tensor(

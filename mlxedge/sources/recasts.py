@@ -54,7 +54,7 @@ def to_world(
     chosen: dict[str, tuple[Recast, str]] = {}
     for name in tensors:
         for recast in spec.recasts:
-            if recast.world != world or name in chosen:
+            if recast.world != world or name in chosen or not recast.when(config):
                 continue
             layer = recast.layer_of(name, recast.canonical)
             if layer is None:
@@ -89,7 +89,7 @@ def from_world(
     found = dict(tensors)
     expected = spec.expected(config) if spec.recasts else {}
     for recast in spec.recasts:
-        if recast.world != world:
+        if recast.world != world or not recast.when(config):
             continue
         layers = {recast.layer_of(name, recast.other) for name in tensors}
         for layer in sorted(layer for layer in layers if layer is not None):
@@ -397,7 +397,13 @@ def _each_back(
 def _transpose_back(
     config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
 ) -> list[SourceTensor]:
-    return _transpose(config, step, tensors)
+    assert isinstance(step, Transpose)
+    return [
+        tensor
+        if step.floats and (tensor.decoded or tensor.encoding.family != "plain")
+        else _transposed(tensor)
+        for tensor in tensors
+    ]
 
 
 _THERE: dict[type, Callable[[Config, Step, list[SourceTensor]], list[SourceTensor]]] = {

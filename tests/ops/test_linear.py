@@ -156,10 +156,10 @@ def test_norm_and_gate_steps(width: int) -> None:
 
 
 def naive_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int, sinks: np.ndarray
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int, sinks: np.ndarray, slopes: np.ndarray
 ) -> np.ndarray:
     """q ``[n, heads, d]``, k ``[n, kv_heads, d]`` and v ``[n, kv_heads, value_d]``; of ``sinks``
-    ``[heads]`` minus infinity is none."""
+    ``[heads]`` minus infinity is none, ``slopes`` ``[heads]`` are ALiBi's."""
     out = np.zeros((*q.shape[:2], v.shape[2]))
     group = q.shape[1] // k.shape[1]
     for i in range(len(q)):
@@ -167,6 +167,7 @@ def naive_attention(
         for h in range(q.shape[1]):
             keys, values = k[first : i + 1, h // group], v[first : i + 1, h // group]
             scores = keys @ q[i, h] / np.sqrt(q.shape[2])
+            scores -= slopes[h] * np.arange(len(scores))[::-1]
             most = max(scores.max(), sinks[h])
             weights = np.exp(scores - most)
             out[i, h] = weights @ values / (weights.sum() + np.exp(sinks[h] - most))
@@ -175,16 +176,17 @@ def naive_attention(
 
 @pytest.mark.parametrize("window", [0, 1, 70])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "value_size", "still", "sinks"),
+    ("heads", "kv_heads", "size", "value_size", "still", "sinks", "slopes"),
     [
-        *((9, 3, 64, 64, 0, False), (4, 4, 16, 16, 0, False), (5, 1, 24, 24, 0, True)),
-        *((8, 2, 80, 80, 0, True), (2, 1, 6, 6, 0, False), (6, 2, 48, 32, 16, False)),
-        (3, 3, 24, 70, 20, True),
+        *((9, 3, 64, 64, 0, 0, 1), (4, 4, 16, 16, 0, 0, 0), (5, 1, 24, 24, 0, 1, 0)),
+        *((8, 2, 80, 80, 0, 1, 0), (2, 1, 6, 6, 0, 0, 0), (6, 2, 48, 32, 16, 0, 0)),
+        (3, 3, 24, 70, 20, 1, 1),
     ],
 )
 def test_attention_steps(
-    heads: int, kv_heads: int, size: int, value_size: int, still: int, sinks: bool, window: int
-) -> None:
+    heads: int, kv_heads: int, size: int, value_size: int, still: int, sinks: int, slopes: int,
+    window: int,
+) -> None:  # fmt: skip
     """Positions in pieces of many lengths, across the growth of the cache; the first ``still``
     dimensions of a head are not rotated. A second layer attends to what the first one kept."""
     rng = np.random.default_rng(7)
@@ -194,6 +196,7 @@ def test_attention_steps(
     cuts = np.cumsum(widths)[:-1]
     table = rng.normal(size=(count, sum(widths))).astype(np.float32)
     given = rng.normal(size=heads).astype(np.float32) if sinks else None
+    steep = rng.uniform(0.01, 0.5, heads).astype(np.float32) if slopes else None
     tape = Tape()
     x, again, y = tape.buffer(sum(widths)), tape.buffer(widths[0]), tape.buffer(heads * value_size)
     mixed, q, k, v = (tape.buffer(n) for n in (heads * value_size, *widths))
@@ -216,6 +219,7 @@ def test_attention_steps(
         "scale": size**-0.5,
         "window": window,
         "sinks": given,
+        "slopes": steep,
     }
     slot = tape.attention(q, k, v, y, **shared)
     tape.attention(again, k, v, mixed, slot=slot, **shared)
@@ -251,6 +255,7 @@ def test_attention_steps(
         vs.reshape(count, kv_heads, value_size).astype(np.float64),
         window,
         np.full(heads, -np.inf) if given is None else given.astype(np.float64),
+        np.zeros(heads) if steep is None else steep.astype(np.float64),
     )
     np.testing.assert_allclose(
         np.concatenate(found), expected.reshape(count, -1), rtol=1e-4, atol=2e-5

@@ -223,10 +223,6 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 #: What is not read at all: type and settings, and the reason.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "stablelm-parallel": (
-        {"model_type": "stablelm", "use_parallel_residual": True},
-        "stablelm with use_parallel_residual is not supported",
-    ),
     "glm4_moe-groups": (
         {"model_type": "glm4_moe", "n_group": 2, "topk_group": 1},
         "glm4_moe with groups of experts is not supported",

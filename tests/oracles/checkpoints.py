@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from oracles import architectures, architectures_recurrent
+from oracles import (
+    architectures,
+    architectures_dense,
+    architectures_fused,
+    architectures_recurrent,
+)
+from oracles.renamed import rename
+from oracles.stand_ins import STAND_INS, config_of, hub_config
 from oracles.tiny import write_tokenizer
 
 #: Small, and large enough that groups of 32 and 64 fit.
@@ -169,8 +177,14 @@ SAVED: dict[str, dict[str, Any]] = {
         "logit_scale": 1.5,
     },
 }
-OWN |= architectures.OWN | architectures_recurrent.OWN
-SAVED |= architectures.SAVED | architectures_recurrent.SAVED
+for family in (architectures, architectures_dense, architectures_fused, architectures_recurrent):
+    OWN |= family.OWN
+    SAVED |= family.SAVED
+#: Type and settings, and of the runtime that refuses the reason.
+PARTIAL = architectures.PARTIAL | architectures_dense.PARTIAL | architectures_fused.PARTIAL
+PARTIAL |= architectures_recurrent.PARTIAL
+#: The settings of all.
+ALL = SAVED | {name: settings for name, (settings, _) in PARTIAL.items()}
 
 
 def write_checkpoint(
@@ -182,9 +196,10 @@ def write_checkpoint(
     model shows in the logits; norms and biases differ from their initial ones and zeros.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **SIZES | OWN.get(model_type, {}) | settings)
+    settings = SIZES | OWN.get(model_type, {}) | settings
+    config = config_of(model_type, **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -197,5 +212,10 @@ def write_checkpoint(
             if name.endswith(("correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
+    if model_type in STAND_INS:
+        path = folder / "config.json"
+        saved = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps(hub_config(model_type, settings, saved)), "utf-8")
+    rename(folder, to_hub=True)
     write_tokenizer(folder, SIZES["vocab_size"])
     return folder

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.checkpoints import SAVED, write_checkpoint
+from oracles.checkpoints import ALL, write_checkpoint
 from oracles.gguf_models import write_gguf_model
+from oracles.stand_ins import load_config
 from oracles.tiny import SENTENCES, write_tiny_llama
 
 import mlxedge
@@ -19,6 +20,7 @@ from mlxedge.calibration.imatrix import read_imatrix
 from mlxedge.calibration.statistics import FEWEST_TOKENS
 from mlxedge.calibration.texts import Sample, sample
 from mlxedge.layers import LayerRunner
+from mlxedge.models import ModelSpec, spec_for
 from mlxedge.prepare import prepare
 from mlxedge.sources import open_source
 
@@ -43,6 +45,19 @@ OTHERS = (
     "glm4-biases-three-quarters",
     "olmo2",
     "granite",
+    "apertus",
+    "ministral3",
+    "minicpm-tied",
+    "exaone",
+    "stablelm-parallel",
+    "phi",
+    "gpt2",
+    "gpt_neox",
+    "gpt_bigcode",
+    "gpt_bigcode-heads-untied-gelu",
+    "bloom",
+    "falcon-new",
+    "mpt-six-heads-clipped",
     "cohere2",
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
@@ -59,13 +74,14 @@ def inputs_by_transformers(folder: Path, ids: np.ndarray) -> dict[str, np.ndarra
     """What goes into each linear layer: f32 ``[tokens, cols]``, by its weight's name."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, config=load_config(folder), dtype=torch.float32, attn_implementation="eager"
     )
     seen: dict[str, list[np.ndarray]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
 
             def keep(module: Any, given: Any, key: str = f"{name}.weight") -> None:
                 seen.setdefault(key, []).append(given[0].reshape(-1, given[0].shape[-1]).numpy())
@@ -77,21 +93,19 @@ def inputs_by_transformers(folder: Path, ids: np.ndarray) -> dict[str, np.ndarra
     return {name: np.concatenate(parts) for name, parts in seen.items()}
 
 
-def called_by_us(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """By canonical names; a matrix in one there may be several of ours."""
-    found = {}
-    with open_source(folder) as opened:
-        spec, checkpoint = prepare(opened)
-        for name, x in inputs.items():
-            # Files may call the whole otherwise than transformers does.
-            stored = f"backbone.{name.removeprefix('model.')}"
-            ours = [spec.canonical(name)[0], spec.canonical(stored)[0]]
-            for recast in spec.recasts:
-                layer = recast.layer_of(name, recast.other) if recast.world == "stored" else None
-                if layer is not None:
-                    ours += recast.at(layer, recast.canonical)
-            found |= {own: x for own in ours if own in checkpoint.tensors or own == HEAD}
-    return found
+def canonical(spec: ModelSpec, stored: str) -> list[str]:
+    """The matrices that a stored one holds; files may call the whole otherwise than transformers
+    does."""
+    found = []
+    for recast in spec.recasts:
+        layer = recast.layer_of(stored, recast.other) if recast.world == "stored" else None
+        found += recast.at(layer, recast.canonical) if layer is not None else []
+    other = f"backbone.{stored.removeprefix('model.')}"
+    return (
+        found
+        or [n for n in (spec.canonical(other)[0],) if n != other]
+        or [spec.canonical(stored)[0]]
+    )
 
 
 @pytest.mark.parametrize("name", [*CHECKPOINTS, *OTHERS])
@@ -99,8 +113,16 @@ def test_sums_and_hessians(name: str, tmp_path: Path) -> None:
     if name in CHECKPOINTS:
         folder = write_tiny_llama(tmp_path / "tiny", **CHECKPOINTS[name])
     else:
-        folder = write_checkpoint(tmp_path / "tiny", **SAVED[name])
-    expected = called_by_us(folder, inputs_by_transformers(folder, IDS))
+        folder = write_checkpoint(tmp_path / "tiny", **ALL[name])
+    spec = spec_for(json.loads((folder / "config.json").read_text("utf-8")))
+    with open_source(folder) as opened:
+        known = {HEAD, *prepare(opened)[1].tensors}
+    expected = {
+        name: x
+        for key, x in inputs_by_transformers(folder, IDS).items()
+        for name in canonical(spec, key)
+        if name in known
+    }
     if json.loads((folder / "config.json").read_text("utf-8"))["tie_word_embeddings"]:
         expected["model.embed_tokens.weight"] = expected.pop("lm_head.weight")
     with open_source(folder) as opened:

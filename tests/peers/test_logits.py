@@ -14,7 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles import architectures, architectures_recurrent
+from oracles import (
+    architectures,
+    architectures_dense,
+    architectures_fused,
+    architectures_recurrent,
+)
 from oracles.checkpoints import (
     FULL,
     GRANITE,
@@ -26,10 +31,14 @@ from oracles.checkpoints import (
     write_checkpoint,
 )
 from oracles.llama_cpp import LlamaCpp
+from oracles.renamed import as_transformers
+from oracles.stand_ins import load_config
 from oracles.tiny import write_tiny_llama
 
 import mlxedge
 from mlxedge.errors import UnsupportedModelError
+from mlxedge.models import spec_for
+from mlxedge.models.wiring import activation_name
 
 #: Name → arguments of ``write_tiny_llama``.
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -46,6 +55,8 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1e6},
     "qwen3-new-keys": {"model_type": "qwen3", "tied": False, "rope": {"rope_theta": 1e6}},
 }
+#: mlx-lm has GELU itself for these, or its approximation, and the model the other one.
+OTHER_GELU = (*architectures.EXACT_GELU, *architectures_fused.OTHER_GELU)
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 96)]
 
 
@@ -67,7 +78,9 @@ def case(
 
 def rounds_activations(folder: Path) -> bool:
     """Whether llama.cpp does: it looks GELU up in a table of f16."""
-    return "gelu" in (folder / "config.json").read_text(encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    spec = spec_for(config)
+    return "gelu" in activation_name(spec.adopt(config), spec.wiring)
 
 
 def transformers_logits(folder: Path) -> np.ndarray:
@@ -76,7 +89,10 @@ def transformers_logits(folder: Path) -> np.ndarray:
 
     # Other implementations of attention leave the caps of its scores out.
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        as_transformers(folder),
+        config=load_config(folder),
+        dtype=torch.float32,
+        attn_implementation="eager",
     )
     with torch.no_grad():
         logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].float().numpy()
@@ -119,7 +135,7 @@ def test_logits_agree(
     home, truth = case
     found = PROGRAMS[program](home)
     coarse = program == "llama.cpp" and rounds_activations(home / "source")
-    coarse |= program == "mlx-lm" and home.name.startswith(architectures.EXACT_GELU)
+    coarse |= program == "mlx-lm" and home.name.startswith(OTHER_GELU)
     name = request.node.callspec.params["case"]
     check(name, home / "source", program, found, truth, 1e-3 if coarse else 1e-4)
 
@@ -260,8 +276,10 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"mlx": "needs heads that add up"},
     ),
 }
-PARTIAL |= architectures.PARTIAL | architectures_recurrent.PARTIAL
-REFUSED = architectures.REFUSED | architectures_recurrent.REFUSED
+PARTIAL |= architectures.PARTIAL | architectures_dense.PARTIAL | architectures_fused.PARTIAL
+PARTIAL |= architectures_recurrent.PARTIAL
+REFUSED = architectures.REFUSED | architectures_dense.REFUSED | architectures_fused.REFUSED
+REFUSED |= architectures_recurrent.REFUSED
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -276,7 +294,8 @@ def test_what_no_program_of_ours_computes_is_refused(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", PARTIAL)
 def test_what_one_runtime_cannot_compute(name: str, tmp_path: Path) -> None:
-    """It is refused with the reason, and the other runtime and ours agree with transformers."""
+    """It is refused with the reason, and the other runtime, ours and the way back from that
+    runtime's file agree with transformers."""
     settings, refused = PARTIAL[name]
     folder = write_checkpoint(tmp_path / "source", **settings)
     truth = transformers_logits(folder)
@@ -291,10 +310,14 @@ def test_what_one_runtime_cannot_compute(name: str, tmp_path: Path) -> None:
         else:
             mlxedge.convert(folder, f"{kind}:f32", tmp_path / path)
             found[kind] = program(tmp_path)
-    programs = {"gguf": "llama.cpp", "mlx": "mlx-lm", "ours": "ours"}
+            mlxedge.convert(tmp_path / path, "hf:f32", tmp_path / f"from-{kind}")
+            found[f"ours-{kind}"] = our_logits(path)(tmp_path)
+            found[f"{kind}-to-hf"] = transformers_logits(tmp_path / f"from-{kind}")
+    programs = {"gguf": "llama.cpp", "mlx": "mlx-lm"}
     for kind, logits in found.items():
         coarse = kind == "gguf" and rounds_activations(folder)
-        check(name, folder, programs[kind], logits, truth, 1e-3 if coarse else 1e-4)
+        coarse |= kind == "mlx" and name.startswith(OTHER_GELU)
+        check(name, folder, programs.get(kind, kind), logits, truth, 1e-3 if coarse else 1e-4)
 
 
 @pytest.mark.parametrize("original", [64, 512])

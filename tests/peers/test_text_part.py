@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles import architectures_dense
 from oracles.checkpoints import SIZES
 from oracles.llama_cpp import LlamaCpp
 from oracles.tiny import write_tokenizer
@@ -34,19 +35,74 @@ TEXT: dict[str, dict[str, Any]] = {
         "sliding_window": 40,
     },
     "mistral3": {"model_type": "mistral", "head_dim": 32, "sliding_window": None},
+    "mistral3 of ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 32,
+        "rope_parameters": architectures_dense.TEMPERED,
+    },
+    "smolvlm": {"model_type": "llama", "head_dim": 32},
+    "qwen2_vl": {
+        "model_type": "qwen2_vl_text",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 6, 6]},
+    },
+    "qwen2_5_vl": {
+        "model_type": "qwen2_5_vl_text",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 6, 6]},
+    },
+    "glm4v": {
+        "model_type": "glm4v_text",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e5,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 3, 3],
+        },
+    },
+    "qwen3_vl": {
+        "model_type": "qwen3_vl_text",
+        "head_dim": 48,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e5,
+            "mrope_section": [8, 8, 8],
+            "mrope_interleaved": True,
+        },
+    },
+}
+#: What their encoders of images call their sizes.
+ENCODERS: dict[str, dict[str, Any]] = {
+    "mistral3": {"head_dim": 16},
+    "smolvlm": {"image_size": 56},
+    "qwen2_vl": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 128},
+    "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 128},
+    "glm4v": {"depth": 1, "num_heads": 2, "out_hidden_size": 128},
+    "qwen3_vl": {
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": 128,
+        "deepstack_visual_indexes": [0],
+    },
+}
+#: What mlx-lm has for it, where that is of another type.
+IN_MLX = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "glm4v_text": "glm4",
 }
 #: How files on the Hub call the tensors of a language model within a larger one.
 PREFIXES = {"new": "model.language_model.", "old": "language_model.model."}
 
 
 def write_model(folder: Path, kind: str, names: str) -> np.ndarray:
-    """A model, and its logits on ``TOKENS``."""
+    """A model, and its logits on ``TOKENS``; ``kind`` begins with its type."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    own = {"head_dim": 16} if kind == "mistral3" else {}
+    whole = kind.split()[0]
+    own = ENCODERS.get(whole, {})
     config = AutoConfig.for_model(
-        kind,
+        whole,
         text_config=SIZES | TEXT[kind],
         vision_config=VISION | own,
         image_token_index=511,
@@ -72,6 +128,16 @@ def write_model(folder: Path, kind: str, names: str) -> np.ndarray:
     return logits
 
 
+def by_transformers(folder: Path) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].numpy()
+    return logits
+
+
 @pytest.mark.parametrize("names", PREFIXES)
 @pytest.mark.parametrize("kind", TEXT)
 def test_logits(kind: str, names: str, tmp_path: Path) -> None:
@@ -81,9 +147,12 @@ def test_logits(kind: str, names: str, tmp_path: Path) -> None:
     truth = write_model(tmp_path / "source", kind, names)
     report = mlxedge.convert(tmp_path / "source", ["gguf:f32", "mlx:f32"], tmp_path)
     for output in report.plan.outputs:
-        assert any(f"the language model of this {kind} alone" in note for note in output.notes)
+        assert any(
+            f"the language model of this {kind.split()[0]} alone" in note for note in output.notes
+        )
     written = json.loads((tmp_path / "source-mlx-f32/config.json").read_text("utf-8"))
-    assert written["model_type"] == TEXT[kind]["model_type"]
+    model_type = TEXT[kind]["model_type"]
+    assert written["model_type"] == IN_MLX.get(model_type, model_type)
     assert "vision_config" not in written
     mlx_lm = load(str(tmp_path / "source-mlx-f32"))[0]
     found = [np.array(mlx_lm(mx.array([TOKENS]))[0].astype(mx.float32))]
@@ -91,6 +160,40 @@ def test_logits(kind: str, names: str, tmp_path: Path) -> None:
         found.append(model.logits(TOKENS))
     with mlxedge.load(tmp_path / "source", engine="numpy") as ours:
         found.append(ours.logits(TOKENS))
+    mlxedge.convert(tmp_path / "source-F32.gguf", "hf:f32", tmp_path / "back")
+    found.append(by_transformers(tmp_path / "back"))
     for logits in found:
         # llama.cpp looks gemma's GELU up in a table of f16.
         assert np.abs(logits - truth).max() <= 1e-3 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_configs_that_are_not_nested(kind: str, tmp_path: Path) -> None:
+    """As those on the Hub, which are older."""
+    truth = write_model(tmp_path, kind, "new")
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(text | config), "utf-8")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for name, tensor in weights.items()
+    }
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with mlxedge.load(tmp_path, engine="numpy") as ours:
+        assert np.abs(ours.logits(TOKENS) - truth).max() <= 1e-4 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("key", ["llm_config", "language_config"])
+def test_configs_of_remote_code(key: str, tmp_path: Path) -> None:
+    truth = write_model(tmp_path, "mistral3", "old")
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    config |= {"model_type": "some_chat", key: config.pop("text_config")}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    with mlxedge.load(tmp_path, engine="numpy") as ours:
+        assert np.abs(ours.logits(TOKENS) - truth).max() <= 1e-4 * np.abs(truth).max()

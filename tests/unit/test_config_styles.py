@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from oracles.checkpoints import OWN, SAVED, SIZES
+from oracles.stand_ins import config_of, hub_config
 
 from mlxedge.models import normalise, spec_for, spec_for_gguf
 from mlxedge.models.shape import Shape, shape_of
@@ -14,18 +15,17 @@ from mlxedge.models.shape import Shape, shape_of
 
 def saved_config(**settings: Any) -> dict[str, Any]:
     """Without weights."""
-    from transformers import AutoConfig
-
     model_type = settings.pop("model_type")
-    made = AutoConfig.for_model(model_type, **SIZES | OWN.get(model_type, {}) | settings)
-    config: dict[str, Any] = made.to_dict() | {"model_type": model_type}
-    return config
+    settings = SIZES | OWN.get(model_type, {}) | settings
+    made = config_of(model_type, **settings)
+    config = made.to_dict() | {"model_type": model_type}
+    return hub_config(model_type, settings, config)
 
 
 def of_old(config: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings apart, the type of layers left out where it is the usual one."""
     made = dict(config)
-    if "rope_parameters" not in made:  # without attention
+    if "rope_parameters" not in config:
         return made
     rope = made.pop("rope_parameters")
     if "full_attention" in rope:
@@ -33,7 +33,7 @@ def of_old(config: dict[str, Any]) -> dict[str, Any]:
         rope = rope["full_attention"]
     scaling = dict(rope)
     made["rope_theta"] = scaling.pop("rope_theta")
-    if (fraction := scaling.pop("partial_rotary_factor", 1.0)) != 1.0:
+    if (fraction := scaling.pop("partial_rotary_factor", None)) is not None:
         made["partial_rotary_factor"] = fraction
     scaling["type"] = scaling.pop("rope_type")
     made["rope_scaling"] = scaling if scaling["type"] != "default" else None

@@ -218,7 +218,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> Non
         mlxedge.load(folder, engine="numpy")
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "foo"])
+@pytest.mark.parametrize("model_type", ["brontosaurus", "foo"])
 def test_an_architecture_that_is_not_known_is_not_run_as_llama(
     tmp_path: Path, model_type: str
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.checkpoints import SAVED, write_checkpoint
+from oracles.checkpoints import ALL, write_checkpoint
 from oracles.tiny import write_tiny_llama
 
 from mlxedge.encodings import F32, GGML, Affine, Encoding
@@ -88,8 +88,6 @@ def whole(checkpoint: Checkpoint, ids: np.ndarray, results: int) -> list[np.ndar
         decoder.close()
 
 
-OTHERS = ("gemma3_text", "granite", "phi3", "cohere2", "olmo2")
-RECURRENT = ("lfm2", "mamba", "mamba2", "granitemoehybrid", "nemotron_h", "falcon_h1", "jamba")
 SHAPES: dict[str, dict[str, Any]] = {
     "untied-biases": {"tied": False, "attention_bias": True, "kv_heads": 4},
     "odd-widths": {"hidden": 72, "heads": 3, "kv_heads": 1, "intermediate": 100, "head_dim": 20},
@@ -109,9 +107,16 @@ def test_equals_the_whole_model(name: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", [*OTHERS, *RECURRENT])
+OTHERS = (
+    *("gemma3_text", "granite", "phi3", "cohere2", "olmo2", "apertus", "ministral3", "phi"),
+    *("gpt2", "gpt_neox", "gpt_bigcode", "internlm2", "bloom", "mpt"),
+    *("lfm2", "mamba", "mamba2", "granitemoehybrid", "nemotron_h", "falcon_h1", "jamba"),
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_equals_the_whole_model_of_other_architectures(name: str, tmp_path: Path) -> None:
-    with open_source(write_checkpoint(tmp_path / "saved", **SAVED[name])) as opened:
+    with open_source(write_checkpoint(tmp_path / "saved", **ALL[name])) as opened:
         checkpoint = prepare(opened)[1]
         with LayerRunner(checkpoint, IDS, 2) as runner:
             found = list(runner.logits(IDS.shape[1]))

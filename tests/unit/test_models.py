@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.checkpoints import OWN
+from oracles.checkpoints import OWN, SIZES
 
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models import (
@@ -130,7 +130,7 @@ def test_unknown_architectures_say_what_is_known() -> None:
     with pytest.raises(UnsupportedModelError, match="never run"):
         spec_for({"model_type": "x", "auto_map": {"AutoModel": "modeling_x.X"}})
     with pytest.raises(UnsupportedModelError, match=r"known: .*llama, .*qwen2, .*qwen3"):
-        spec_for_gguf("bloom", {})
+        spec_for_gguf("brontosaurus", {})
     # A module of the package that is no architecture must not pass for one.
     with pytest.raises(UnsupportedModelError):
         spec_for({"model_type": "rope"})
@@ -160,10 +160,12 @@ def test_a_plain_model_meets_no_objection() -> None:
         spec = spec_for({"model_type": model_type})
         own = OWN.get(model_type, {})
         made = spec.settle(
-            normalise(config(model_type, num_hidden_layers=6, **own), ["lm_head.weight"])
+            normalise(
+                config(model_type, **SIZES | {"num_hidden_layers": 6} | own), ["lm_head.weight"]
+            )
         )
-        assert not spec.objections(made, "gguf")
-        assert not spec.objections(made, "mlx")
+        for runtime in ("gguf", "mlx"):
+            assert bool(spec.objections(made, runtime)) == (runtime in spec.lacks)
 
 
 def test_normalise_spells_out_defaults() -> None:

@@ -45,8 +45,14 @@ def attend(graph: Graph, layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
         for x, weight in zip((q, k), norms, strict=True):
             graph.tape.norm(x, weight, shape.epsilon, x, centred=wiring.layer_norm)
         norms = [None, None]
+    if (limit := shape.factors.qkv_limit) is not None:
+        for x in (q, k, v):
+            graph.tape.clip(x, float(limit))
+    if shape.factors.tempered:
+        graph.tape.temper(q, shape.factors.tempered, shape.factors.span)
     rope = shape.ropes[layer]
     scale = shape.factors.attention
+    scale = scale[layer] if isinstance(scale, tuple) else scale
     graph.tape.attention(
         q,
         k,
@@ -66,4 +72,16 @@ def attend(graph: Graph, layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
         neighbours=wiring.neighbours,
         centred=wiring.layer_norm,
         norm_last=wiring.head_norm == "last",
+        slopes=alibi_slopes(shape.heads, shape.factors.alibi) if shape.factors.alibi else None,
     )
+
+
+def alibi_slopes(heads: int, largest: float) -> np.ndarray:
+    """ALiBi's f32 ``[heads]`` (Press et al., 2021, arXiv 2108.12409, and their code for numbers of
+    heads that are no power of two: those of the next smaller power, and then every second one of
+    the next larger)."""
+    power = 1 << (heads.bit_length() - 1)
+    first = -largest / power * np.arange(1, power + 1)
+    between = -largest / (2 * power) * np.arange(1, 2 * power, 2)
+    exponents: np.ndarray = np.concatenate([first, between])[:heads]
+    return np.exp2(exponents).astype(np.float32)
