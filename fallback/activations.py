@@ -11,11 +11,13 @@ from mlxedge.fallback.memory import get_f32
 from mlxedge.fallback.tiles import exp
 
 #: As steps know them; the GELUs are the exact one and Hendrycks and Gimpel's with a hyperbolic
-#: tangent (arXiv 1606.08415), "relu2" is the square of ReLU, "xielu" that of arXiv 2411.13010,
-#: "none" leaves values as they are.
-ACTIVATIONS = {"none": -1, "silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "xielu": 4}
-_GELU_TANH, _GELU, _RELU2, _XIELU = (
-    ACTIVATIONS[n] for n in ("gelu_tanh", "gelu", "relu2", "xielu")
+#: tangent (arXiv 1606.08415), "relu2" is the square of ReLU, "xielu" that of arXiv 2411.13010;
+#: "sigmoid" is for gates, "none" leaves values as they are.
+ACTIVATIONS = {
+    **{"none": -1, "silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "xielu": 4, "sigmoid": 5}
+}
+_GELU_TANH, _GELU, _RELU2, _XIELU, _SIGMOID = (
+    ACTIVATIONS[n] for n in ("gelu_tanh", "gelu", "relu2", "xielu", "sigmoid")
 )
 
 _ZERO, _ONE, _TWO, _HALF = (np.float32(x) for x in (0.0, 1.0, 2.0, 0.5))
@@ -73,6 +75,8 @@ def activate(kind: int, v: Any, numbers: int) -> Any:
     if kind == _RELU2:
         positive = where(v > spread(_ZERO), v, spread(_ZERO))
         return positive * positive
+    if kind == _SIGMOID:
+        return spread(_ONE) / (exp(v * -_ONE) + _ONE)
     if kind == _XIELU:
         return _xielu(v, numbers)
     return _silu(v)

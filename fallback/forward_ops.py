@@ -33,6 +33,7 @@ from mlxedge.fallback.tiles import (
     TILE_COLS,
     TILE_ROWS,
     dot_tile,
+    exp,
     fma,
     keep_lanes,
     total,
@@ -105,6 +106,24 @@ def _gate(step: int, frame: int, thread: int) -> None:
         if gated:
             v = v * load_f32(up + i * up_row + d)
         store_f32(gate + i * gate_row + d, v)
+
+
+def _clamped_gate(step: int, frame: int, thread: int) -> None:
+    """g · sigmoid(alpha · g) · (u + 1), into gate; g and u are gate and up within limits. Beyond
+    the width all stays zero, since g does."""
+    buffer, to = frame + get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
+    gate, gate_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
+    up, up_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
+    vectors = (get_i64(step + _THIRD) + LANES - 1) // LANES
+    n, threads = get_i64(frame + N) * get_i64(step + _FOURTH), get_i64(frame + THREADS)
+    alpha, limit = get_f32(step + _FIFTH), get_f32(step + _SIXTH)
+    for unit in range(thread * vectors * n // threads, (thread + 1) * vectors * n // threads):
+        i, d = unit // vectors, unit % vectors * 64
+        g, u = load_f32(gate + i * gate_row + d), load_f32(up + i * up_row + d)
+        g = where(g > spread(limit), spread(limit), g)
+        u = where(u > spread(limit), spread(limit), u)
+        u = where(u > spread(-limit), u, spread(-limit))
+        store_f32(gate + i * gate_row + d, g / (exp(g * -alpha) + _ONE) * (u + _ONE))
 
 
 def _add(step: int, frame: int, thread: int) -> None:
@@ -249,6 +268,7 @@ _STEPS = {
     "embed": _embed,
     "norm": _norm,
     "gate": _gate,
+    "clamped_gate": _clamped_gate,
     "add": _add,
     "scale": _scale,
     "clip": _clip,

@@ -29,6 +29,7 @@ from mlxedge.fallback.experts import (
 )
 from mlxedge.fallback.forward_ops import PART_FIELDS, grain, scratch_bytes, step_kernel
 from mlxedge.fallback.lanes import LANES
+from mlxedge.fallback.latent import unfold_kernel
 from mlxedge.fallback.linear import Matrix
 from mlxedge.fallback.recurrent import RecurrentSteps
 
@@ -38,7 +39,7 @@ _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
 #: How a router's logits become scores: see :meth:`Tape.route`.
 Score = Literal["softmax", "sigmoid", "softmax_top"]
 #: See :mod:`mlxedge.fallback.activations`.
-Activation = Literal["none", "silu", "gelu_tanh", "gelu", "relu2", "xielu"]
+Activation = Literal["none", "silu", "gelu_tanh", "gelu", "relu2", "xielu", "sigmoid"]
 #: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
 #: which expert of how many that is for: 0 of 1, but for the taps of experts.
 Watch = Callable[[Any, np.ndarray, int, int], None]
@@ -274,6 +275,13 @@ class Tape(RecurrentSteps):
         fields = gate.offset, offset, gate.width, gate.slots, ACTIVATIONS[activation]
         self._record(step_kernel("gate"), *fields, self._vector(numbers))
 
+    def clamped_gate(self, gate: Buffer, up: Buffer, alpha: float, limit: float) -> None:
+        """gate = g · sigmoid(alpha · g) · (u + 1), where g is gate up to ``limit`` and u is up
+        within ± ``limit``, for every position or slot: that of gpt-oss
+        (openai/gpt-oss, ``gpt_oss/torch/model.py``)."""
+        fields = gate.offset, up.offset, gate.width, gate.slots, _bits(alpha), _bits(limit)
+        self._record(step_kernel("clamped_gate"), *fields)
+
     def add(self, x: Buffer, to: Buffer, factor: float = 1.0) -> None:
         """to += factor · x."""
         self._record(step_kernel("add"), x.offset, to.offset, x.width, _bits(factor))
@@ -447,6 +455,24 @@ class Tape(RecurrentSteps):
         self._record(attention.keep_kernel(), len(self._steps), *shared)
         self._record(attention.attend_kernel(), len(self._steps), *shared)
         return slot
+
+    def unfold(self, kv: Buffer, rotary: Buffer, keys: Buffer, values: Buffer, heads: int) -> None:
+        """Of each head h the key is the first part of its piece of ``kv`` and then ``rotary``,
+        which all share, its value the rest of the piece.
+
+        Raises UsageError where the widths do not add up.
+        """
+        turned, value = rotary.width, values.width // heads
+        plain = keys.width // heads - turned
+        sizes = (plain + value, plain + turned, value)
+        widths = (kv.width, keys.width, values.width)
+        if plain < 0 or widths != tuple(heads * size for size in sizes):
+            raise UsageError(
+                f"{heads} heads of keys {keys.width}, of which {turned} are shared, and values "
+                f"{values.width} are not made of {kv.width}"
+            )
+        fields = kv.offset, rotary.offset, keys.offset, values.offset
+        self._record(unfold_kernel(), *fields, heads, plain, turned, value)
 
     def state(self, cells: int) -> int:
         """The slot of a new recurrent layer, which keeps ``cells`` f32."""

@@ -27,6 +27,7 @@ import numpy as np
 from mlxedge.errors import BadWeightsError, TokenizerError, UsageError
 from mlxedge.generate import load
 from mlxedge.layers import LayerRunner
+from mlxedge.models.shape import shape_of
 from mlxedge.ops import load_forward
 from mlxedge.prepare import check_weights, prepare
 from mlxedge.sources import open_source
@@ -237,7 +238,7 @@ class _Values:
 
 
 def _check_context(checkpoint: Checkpoint, context: int) -> None:
-    longest = int(checkpoint.config.get("max_position_embeddings") or 2048)
+    longest = shape_of(checkpoint.config).context
     if context > longest:
         raise UsageError(
             f"{checkpoint.name} has a context of {longest} tokens: it cannot run chunks of "

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlxedge.engines.base import check_tokens
 from mlxedge.errors import TokenizerError, UsageError
 from mlxedge.models import known_model_types, spec_for
+from mlxedge.models.shape import shape_of
 from mlxedge.ops import BACKENDS, default_backend
 from mlxedge.prepare import check_weights, prepare
 from mlxedge.sampling import Sampling
@@ -168,7 +169,8 @@ class Model:
         self.config = checkpoint.config
         self.origin = checkpoint.origin
         self.engine = engine
-        self.context_length = int(self.config.get("max_position_embeddings") or 2048)
+        longest = int(self.config.get("max_position_embeddings") or 2048)
+        self.context_length = shape_of(self.config).context if engine == "numpy" else longest
         self._spec = checkpoint.tokenizer
         self._generation_config = checkpoint.generation_config
         self._tokenizer: Tokenizer | None = None

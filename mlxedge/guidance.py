@@ -379,7 +379,7 @@ def _is_imatrix(path: Path) -> bool:
 
 
 def _by_imatrix(checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path: Path) -> Guidance:
-    from mlxedge.calibration.imatrix import check_fits, read_imatrix
+    from mlxedge.calibration.imatrix import check_fits, read_imatrix, unstacked
     from mlxedge.calibration.store import check_hessians, hessian_folder
     from mlxedge.record import sha256_file
 
@@ -391,7 +391,9 @@ def _by_imatrix(checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path:
             f"neither a text (UTF-8 without NUL) nor a whole imatrix file: {error.problem}",
             error.offset,
         ) from error
-    check_fits(path, calibration, {n: t.shape for n, t in checkpoint.tensors.items()})
+    shapes = {n: t.shape for n, t in checkpoint.tensors.items()}
+    calibration = unstacked(calibration, spec, checkpoint.config, path)
+    check_fits(path, calibration, shapes)
     known = {
         name
         for name, found in calibration.tensors.items()

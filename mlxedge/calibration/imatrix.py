@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -83,9 +84,14 @@ def read_imatrix(path: str | Path, spec: ModelSpec) -> Calibration:
 
 
 def write_imatrix(
-    path: str | Path, calibration: Calibration, spec: ModelSpec, legacy: bool = False
+    path: str | Path,
+    calibration: Calibration,
+    spec: ModelSpec,
+    legacy: bool = False,
+    config: dict[str, Any] | None = None,
 ) -> None:
-    """Write a calibration as llama-imatrix does, in the older .dat format if ``legacy``.
+    """Write a calibration as llama-imatrix does, in the older .dat format if ``legacy``; ``config``
+    is the model's, for architectures of which GGUF stacks what is one matrix here.
 
     The head of a tied model stands under the name of the embedding, which is where llama-quantize
     looks. Replaces ``path``. Raises OutputError or DiskFullError where that cannot be done, and
@@ -97,13 +103,49 @@ def write_imatrix(
     entries: _Entries = {}
     for canonical, statistics in calibration.tensors.items():
         for name in spec.input_in_gguf(canonical) or (canonical,):
-            entries[name] = statistics
+            entries[name] = _repeated(
+                statistics, spec.stacked_in_gguf(name, config) if config else 1
+            )
     made = _legacy_bytes(calibration, entries) if legacy else _gguf_bytes(calibration, entries)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
         part.write_bytes(made)
         part.replace(path)
+
+
+def _repeated(statistics: Statistics, count: int) -> Statistics:
+    """For each of ``count`` matrices that have the input of one."""
+    if count == 1:
+        return statistics
+    return Statistics(
+        np.repeat(statistics.sums, count, axis=0), np.repeat(statistics.counts, count)
+    )
+
+
+def unstacked(
+    calibration: Calibration, spec: ModelSpec, config: dict[str, Any], path: str | Path
+) -> Calibration:
+    """With the sums over all matrices of a stack that is one in the canonical model.
+
+    Raises UsageError where the file has another number of inputs.
+    """
+    found = dict(calibration.tensors)
+    for name, one in calibration.tensors.items():
+        made = spec.input_in_gguf(name)
+        count = max((spec.stacked_in_gguf(own, config) for own in made), default=1)
+        if count == 1:
+            continue
+        if one.sums.size % count:
+            raise UsageError(
+                f"{path} is of another model: {shown(name)} has {one.sums.size} inputs there, "
+                f"which are not those of {count} heads"
+            )
+        # llama-imatrix counts the tokens of a stack once, not for each of its matrices.
+        counts = one.counts.sum() * (count // one.experts)
+        sums = one.sums.reshape(count, -1).sum(0, keepdims=True)
+        found[name] = Statistics(sums, counts.reshape(1))
+    return replace(calibration, tensors=found)
 
 
 def check_fits(

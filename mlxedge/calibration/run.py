@@ -96,7 +96,8 @@ def calibrate_to_file(
             found = (one for path in run.layer_files() for one in read_layer(path, False)[0])
             with os_errors(out):
                 legacy = out.suffix == ".dat"
-                write_imatrix(run.made, as_calibration(found, taken), spec, legacy)
+                made = as_calibration(found, taken)
+                write_imatrix(run.made, made, spec, legacy, checkpoint.config)
         run.publish()
     folder = hessian_folder(out) if hessians else None
     files = [out, *(folder.iterdir() if folder else [])]

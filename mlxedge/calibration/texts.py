@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mlxedge.errors import TokenizerError, UsageError
+from mlxedge.models.shape import shape_of
 from mlxedge.texts import CALIBRATION, HELDOUT
 from mlxedge.tokenizer import load as load_tokenizer
 
@@ -145,7 +146,7 @@ def sample(
     everything = max(len(content.encode()) for content in texts.values()) + 1
     wanted = tokens or default_tokens(weights, varied)
     wanted = everything * len(texts) if wanted == "all" else wanted
-    limit = int(checkpoint.config.get("max_position_embeddings") or 2048)
+    limit = shape_of(checkpoint.config).context
     chunk = min(CONTEXT, wanted, limit) if context is None else context
     if chunk < LEAST_CONTEXT:
         raise UsageError(f"a context of {chunk} tokens is too short: it takes {LEAST_CONTEXT}")
@@ -194,7 +195,7 @@ def random_sample(checkpoint: Checkpoint, varied: bool = False) -> Sample:
     """Random tokens, for a model whose tokenizer cannot be used: of what calibration gains they
     bring most, since which columns are large hardly depends on the text."""
     weights = sum(tensor.size for tensor in checkpoint.tensors.values())
-    context = min(CONTEXT, int(checkpoint.config.get("max_position_embeddings") or 2048))
+    context = min(CONTEXT, shape_of(checkpoint.config).context)
     chunks = max(1, default_tokens(weights, varied) // context)
     ids = np.random.default_rng(0).integers(checkpoint.config["vocab_size"], size=(chunks, context))
     digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()

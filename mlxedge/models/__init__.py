@@ -31,6 +31,7 @@ __all__ = [
 #: Modules of this package that serve the architectures and are none themselves.
 _SHARED = {
     *("decoder", "dense", "experts", "graph", "layout", "mixers", "names", "recasts", "rope"),
+    *("latent", "routed"),
     *("rope_files", "shape", "spaces", "spec", "weights", "wiring"),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlxedge import gguf_values as gv
@@ -77,15 +77,17 @@ class Dense:
       ``gguf`` gives GGUF's metadata that no config key has.
     - ``windowed``: the runtimes that have this architecture's sliding windows; ``period``: all
       layers have one but every ``period``-th, unless ``layer_types`` says otherwise.
+    - ``rounds_ramp``: the runtimes round the ends of yarn's ramp where the model does not, and are
+      what everybody runs it with: it is said and not refused.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
-    - ``archs``, ``widths``: see ``ModelSpec``.
+    - ``archs``: see ``ModelSpec``.
     - ``nearly``: what the runtimes compute nearly, as configs call it: GGUF then says which it is.
     - ``lacks``: the runtimes that do not have it; ``wires``: a config's wiring, where it differs.
     - ``yarn_told``: the runtimes that can be told yarn's attention factor.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``unties``: whether mlx-lm gets a tied table twice, as it needs a head of its own.
     - ``recasts``, ``spellings``: see ``ModelSpec``; ``buffers``: patterns of names of
-      tensors that old files hold beside the weights.
+      tensors that files hold beside the weights.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
 
@@ -115,8 +117,8 @@ class Dense:
     hf: Callable[[Config], Config] = lambda config: config
     windowed: Container[str] = ()
     period: int = 0
+    rounds_ramp: bool = False
     longrope: bool = False
-    widths: Callable[[Config], Mapping[str, int]] = lambda config: {}
     nearly: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     wires: Callable[[Config], Wiring] | None = None
@@ -146,13 +148,12 @@ class Dense:
             mlx_config=self.mlx_config,
             hf_config=self.hf,
             objections=self.objections,
-            notes=self.notes,
+            notes=self.all_notes,
             window=self.window,
             windows=self.windows,
             ropes=self.ropes,
             mixers=self.mixers,
             factors=self.factors,
-            widths=self.widths,
             wiring=self.wiring,
             wires=self.wires,
             lacks=self.lacks,
@@ -331,7 +332,8 @@ class Dense:
     def objections(self, config: Config, runtime: str) -> list[str]:
         """Why llama.cpp ("gguf") or mlx-lm ("mlx") would compute something else."""
         if runtime in self.lacks:
-            return [f"{NAMES[runtime]} does not have this architecture ({self.model_type})"]
+            lacking = f"{NAMES[runtime]} does not have this architecture ({self.model_type})"
+            return self.check(config, runtime) or [lacking]
         rope = self._rope(config)
         found = list(self.check(config, runtime))
         name = activation_name(config, self.wiring)
@@ -349,9 +351,20 @@ class Dense:
         full = config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
         if runtime == "gguf" and not full and not self.head_dim_free:
             found.append(f"llama.cpp's {self.arch} needs heads that add up to the hidden size")
+        told = replace(rope, truncate=rope.truncate or self.rounds_ramp)
         return found + rope_objections(
-            rope, runtime, self.arch, self.freq_factors, runtime in self.yarn_told
+            told, runtime, self.arch, self.freq_factors, runtime in self.yarn_told
         )
+
+    def all_notes(self, config: Config, runtime: str) -> list[str]:
+        found = list(self.notes(config, runtime))
+        rope = self._rope(config)
+        if self.rounds_ramp and rope.type == "yarn" and not rope.truncate:
+            found.append(
+                f"{NAMES[runtime]} rounds the ends of yarn's ramp, as in every file of this "
+                "architecture, where the model does not (truncate: false)"
+            )
+        return found
 
 
 def _expert_keys(experts: Experts) -> dict[str, str]:

@@ -15,7 +15,7 @@ from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.dense import Dense, Get
 from mlxedge.models.mixers import mamba2
 from mlxedge.models.names import names
-from mlxedge.models.recasts import Recast, Scale
+from mlxedge.models.recasts import Recast, ScaleRows
 from mlxedge.models.spaces import only_silu, whole_numbers
 from mlxedge.models.spec import Config, Name
 from mlxedge.models.wiring import Factors, Wiring
@@ -86,7 +86,7 @@ def _recasts() -> tuple[Recast, ...]:
         f"{layer}mlp.down_proj": _by("mlp_multipliers", item=1),
     }
     return tuple(
-        Recast("stored", (f"{module}.weight",), (f"{module}.weight",), (Scale(own),))
+        Recast("stored", (f"{module}.weight",), (f"{module}.weight",), (ScaleRows(own),))
         for module, own in factors.items()
     )
 
@@ -162,7 +162,6 @@ _SPEC = Dense(
     wiring=WIRING,
     recasts=(*_recasts(), *mamba2.RECASTS),
     mixers=lambda config: ("beside",) * config["num_hidden_layers"],
-    widths=mamba2.widths,
     factors=lambda config: Factors(logits=_tied_factor(config)),
     fixed={
         **dict.fromkeys((*_BIASES, "mamba_rms_norm", "mamba_norm_before_gate"), False),

@@ -196,7 +196,6 @@ SPEC = replace(
         experts=EXPERTS,
         recasts=_recasts(),
         mixers=_mixers,
-        widths=mamba2.widths,
         ropes=_ropes,
         factors=factors,
         fixed={"attention_bias": False, "mlp_bias": False},

@@ -177,7 +177,7 @@ class Graph:
         self, experts: ExpertShape, names: list[tuple[str, ...]], seen: Any, block: str
     ) -> None:
         """x += the chosen experts' output for what they see, and the shared expert's."""
-        tape, weights, activation = self.tape, self.weights, self.shape.activation
+        tape, weights = self.tape, self.weights
         choice, logits, (rows, gate, up, down), sharing = self._expert_buffers
         routers, gate_up, last, *shared_down = names
         factor, norm = self.shape.factors.residual, self.shape.wiring.mlp_out_norm
@@ -191,6 +191,9 @@ class Graph:
             normalise=experts.normalise,
             scale=experts.scale,
             bias=weights.optional(f"{block}{ROUTER_BIAS}"),
+            groups=experts.groups,
+            top_groups=experts.top_groups,
+            group_best=experts.group_best,
         )
         tape.gather(seen, choice, rows)
         for group, source, outs in ((gate_up, rows, [gate, up]), (last, gate, [down])):
@@ -200,11 +203,11 @@ class Graph:
             products = [weights.experts(n, experts.count, source, out) for n, out in pairs]
             tape.expert_linear(source, choice, products)
             if source is rows:
-                tape.gate(gate, up, activation)
+                self._gate_experts(experts, gate, up)
         tape.combine(down, choice, out, add=direct)
         if sharing:
             *counts, gate, up = sharing
-            tape.gate(gate, up, activation)
+            self._gate_experts(experts, gate, up)
             self.tap(shared_down[0], gate)
             if counts:
                 tape.scale_by_sigmoid(gate, counts[0])
@@ -213,6 +216,13 @@ class Graph:
             self.norm(out, f"{block}{norm}", out)
         if not direct:
             tape.add(out, self.x, factor)
+
+    def _gate_experts(self, experts: ExpertShape, gate: Any, up: Any) -> None:
+        """gate = what gates up, and up."""
+        if experts.clamped is None:
+            self.tape.gate(gate, up, self.shape.activation)
+        else:
+            self.tape.clamped_gate(gate, up, *experts.clamped)
 
     def head(self, table: Any = None) -> Any:
         """Logits of x; returns their buffer. ``table`` is the embedding's, where it is known."""

@@ -14,7 +14,7 @@ from mlxedge.models.wiring import Wiring
 WIRING = Wiring(head_norm="last")
 
 
-def _rope(config: Config) -> Rope:
+def rope_with_alpha(config: Config) -> Rope:
     """ "dynamic" with ``alpha`` is a larger base at any length (NTK-aware scaling), as in
     transformers' ``compute_ntk_alpha_rope_parameters``."""
     rope = rope_settings(config)
@@ -28,7 +28,7 @@ def _rope(config: Config) -> Rope:
 
 
 def _check(config: Config, runtime: str) -> list[str]:
-    kind = _rope(config).type
+    kind = rope_with_alpha(config).type
     if runtime == "mlx" and kind != "default":
         return [f"mlx-lm's hunyuan_v1_dense has no {kind} rope scaling without alpha"]
     if runtime == "gguf" and config.get("attention_bias"):
@@ -50,7 +50,7 @@ SPEC = Dense(
         },
     ),
     wiring=WIRING,
-    ropes=lambda config: (_rope(config),) * config["num_hidden_layers"],
+    ropes=lambda config: (rope_with_alpha(config),) * config["num_hidden_layers"],
     fixed={"attention_bias": False, "use_qk_norm": True},
     defaults={"rms_norm_eps": 1e-5},
     check=_check,

@@ -131,7 +131,6 @@ SPEC = Dense(
     experts=EXPERTS,
     recasts=mamba.RECASTS,
     mixers=_mixers,
-    widths=mamba.widths,
     ropes=no_ropes,
     fixed={"mamba_conv_bias": True, "mamba_proj_bias": False},
     defaults={

@@ -146,7 +146,6 @@ SPEC = Dense(
     names=tensors(names(WIRING, called=CALLED)),
     wiring=WIRING,
     mixers=mixers,
-    widths=shortconv.widths,
     epsilon="norm_eps",
     theta=1e6,
     fixed={"conv_bias": False, "block_auto_adjust_ff_dim": False},

@@ -73,7 +73,6 @@ SPEC = Dense(
     wiring=lfm2.WIRING,
     experts=EXPERTS,
     mixers=lfm2.mixers,
-    widths=shortconv.widths,
     epsilon="norm_eps",
     theta=1e6,
     fixed={"conv_bias": False, "use_expert_bias": True, "norm_topk_prob": True},

@@ -53,7 +53,6 @@ SPEC = Spaces(
     mixer="mamba",
     tensors=mamba.names(),
     recasts=mamba.RECASTS,
-    widths=mamba.widths,
     adopt=_adopt,
     metadata=mamba.metadata,
     back=_back,

@@ -54,7 +54,6 @@ SPEC = Spaces(
     mixer="mamba2",
     tensors=mamba2.names(),
     recasts=mamba2.RECASTS,
-    widths=mamba2.widths,
     adopt=_adopt,
     metadata=mamba2.metadata,
     back=_back,

@@ -68,7 +68,7 @@ def _factors(config: Config) -> Factors:
     attention = config["attn_config"]
     return Factors(
         attention=attention.get("softmax_scale"),
-        qkv_limit=float(attention["clip_qkv"] or 0.0),
+        qkv_limit=attention["clip_qkv"] or None,
         alibi=float(attention["alibi_bias_max"]),
     )
 

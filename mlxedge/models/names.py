@@ -20,11 +20,13 @@ def names(
     o_bias: Given = False, mlp_bias: Given = False, norm_bias: Given = False,
     experts: Experts | None = None, block: str = "mlp",
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    stacks: str = "switch_mlp", apart: bool = True,
     called: Mapping[str, str] | None = None,
     mlx_called: Mapping[str, str] | None = None, learned_positions: bool = False,
 ) -> tuple[Name, ...]:  # fmt: skip
     """The tensors of a decoder. ``rope_rows``: Q and K are interleaved in GGUF. With ``experts``,
-    files call the module that holds them ``block``, and gate, up and down of one expert ``parts``.
+    files call the module that holds them ``block``, and gate, up and down of one expert ``parts``,
+    if each is a tensor of its own there (``apart``); mlx-lm calls the module of all ``stacks``.
     ``called`` are modules that files call otherwise, those of a layer without its prefix, which
     is ``model.layers`` there; ``mlx_called`` those of MLX folders, if they are others.
     ``learned_positions``: each has a row of a table."""
@@ -75,7 +77,8 @@ def names(
             for n in _norm(_BLOCK + hf, f"blk.{{i}}.{gguf}", wiring, norm_bias)
         ),
         *_head_norms(wiring),
-        *(_expert_names(experts, block, parts) if experts else ()),
+        *(_SINKS if wiring.sinks else ()),
+        *(_expert_names(experts, block, parts if apart else None, stacks) if experts else ()),
     ]
     return tuple(_called(name, called or {}, mlx_called) for name in made)
 
@@ -120,6 +123,9 @@ def _norm(hf: str, gguf: str, wiring: Wiring, bias: Given) -> Iterator[Name]:
         yield Name(f"{hf}.bias", f"{gguf}.bias", ("hidden",), present=_given(bias))
 
 
+_SINKS = (Name(f"{_BLOCK}self_attn.sinks", "blk.{i}.attn_sinks.weight", ("heads",)),)
+
+
 def _head_norms(wiring: Wiring) -> Iterator[Name]:
     if wiring.head_norm is None:
         return
@@ -146,7 +152,9 @@ def _other(hf: str, called: Mapping[str, str]) -> str | None:
     return None if other == hf else other
 
 
-def _expert_names(experts: Experts, block: str, parts: Sequence[str]) -> Iterator[Name]:
+def _expert_names(
+    experts: Experts, block: str, parts: Sequence[str] | None, stacks: str
+) -> Iterator[Name]:
     shapes = (("expert", "hidden"), ("expert", "hidden"), ("hidden", "expert"))
     layers = experts.layers
 
@@ -164,21 +172,31 @@ def _expert_names(experts: Experts, block: str, parts: Sequence[str]) -> Iterato
     if experts.bias:
         gguf = "blk.{i}.exp_probs_b.bias"
         yield Name(f"{_BLOCK}{ROUTER_BIAS}", gguf, ("experts",), layers=layers, exact=True)
-    for stack, part, kind, shape in zip(STACKS, parts, ("gate", "up", "down"), shapes, strict=True):
-        yield Name(
-            f"{_BLOCK}{stack}.weight",
-            f"blk.{{i}}.ffn_{kind}_exps.weight",
-            ("experts", *shape),
-            layers=layers,
-            stored=f"{_BLOCK}{block}.experts.{{e}}.{part}.weight",
-            mlx=f"{_BLOCK}{block}.switch_mlp.{kind}_proj.weight",
-        )
-    if experts.shared_width is None:
+    if experts.biases:
+        gguf = "blk.{i}.ffn_gate_inp.bias"
+        yield Name(f"{_BLOCK}{ROUTER}.bias", gguf, ("experts",), layers=layers)
+    for number, (stack, kind, shape) in enumerate(
+        zip(STACKS, ("gate", "up", "down"), shapes, strict=True)
+    ):
+        one = f"{_BLOCK}{block}.experts.{{e}}.{parts[number]}" if parts else None
+        both = f"{_BLOCK}{stack}", f"blk.{{i}}.ffn_{kind}_exps"
+        mlx = f"{_BLOCK}{block}.{stacks}.{kind}_proj"
+        for leaf, dims in (("weight", shape), ("bias", shape[:1]))[: 1 + experts.biases]:
+            hf, gguf = (f"{module}.{leaf}" for module in both)
+            stored = one and f"{one}.{leaf}"
+            size = ("experts", *dims)
+            yield Name(hf, gguf, size, layers=layers, stored=stored, mlx=f"{mlx}.{leaf}")
+    width = experts.shared_width
+    if width is None:
         return
-    for shared, kind, (rows, cols) in zip(SHARED, ("gate", "up", "down"), shapes, strict=True):
+
+    def shared(config: Config) -> bool:
+        return bool(config[width])
+
+    for module, kind, (rows, cols) in zip(SHARED, ("gate", "up", "down"), shapes, strict=True):
         wide = tuple("shared" if word == "expert" else word for word in (rows, cols))
         gguf = f"blk.{{i}}.ffn_{kind}_shexp.weight"
-        yield Name(f"{_BLOCK}{shared}.weight", gguf, wide, layers=layers)
+        yield Name(f"{_BLOCK}{module}.weight", gguf, wide, present=shared, layers=layers)
     if not experts.shared_gate:
         return
     gguf = "blk.{i}.ffn_gate_inp_shexp.weight"

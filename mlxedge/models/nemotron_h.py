@@ -135,7 +135,6 @@ SPEC = Dense(
     wiring=WIRING,
     recasts=mamba2.RECASTS,
     mixers=_mixers,
-    widths=mamba2.widths,
     ropes=no_ropes,
     epsilon=EPSILON,
     fixed={"mlp_bias": False, "use_bias": False, "use_conv_bias": True},

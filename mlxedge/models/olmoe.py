@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.dense import Dense
 from mlxedge.models.experts import Experts
 from mlxedge.models.names import names
 from mlxedge.models.spec import Config
-from mlxedge.models.wiring import Wiring
+from mlxedge.models.wiring import NAMES, Factors, Wiring
 
 EXPERTS = Experts(width="intermediate_size", sparse=False)
 WIRING = Wiring(head_norm="width")
 
 
-def _settle(config: Config) -> Config:
-    if config.get("clip_qkv"):
-        raise UnsupportedModelError("clip_qkv of olmoe is not supported: set it to null if unused")
-    return config
-
-
 def _check(config: Config, runtime: str) -> list[str]:
-    if runtime == "mlx":
-        return []
     found = []
+    if config.get("clip_qkv") is not None:
+        found.append(f"{NAMES[runtime]}'s olmoe does not clip queries, keys and values (clip_qkv)")
+    if runtime == "mlx":
+        return found
     if config["norm_topk_prob"]:
         found.append("llama.cpp's olmoe does not normalise the scores of experts (norm_topk_prob)")
     if config.get("attention_bias"):
@@ -42,7 +37,7 @@ SPEC = Dense(
     defaults={"rms_norm_eps": 1e-5},
     head_dim_free=False,
     experts=EXPERTS,
+    factors=lambda config: Factors(qkv_limit=config.get("clip_qkv")),
     tied={"gguf": False},
-    settles=_settle,
     check=_check,
 ).spec()

@@ -69,6 +69,13 @@ class Values:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Values times ``factor(config)``, which is never 0, computed in f32 and kept as f32."""
+
+    factor: Callable[[Config], float]
+
+
+@dataclass(frozen=True)
 class Reshape:
     """The same elements in another shape, which ``there`` makes of ours; of small tensors, which
     are read whole. The way back leads to the shape that the architecture expects. ``rows``: a
@@ -79,11 +86,18 @@ class Reshape:
 
 
 @dataclass(frozen=True)
-class Scale:
+class ScaleRows:
     """The world's rows are ours divided by ``factors(config, rows)``, f32 ``[rows]``. Codes cannot
     follow, but where all factors are one."""
 
     factors: Callable[[Config, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Rows become a stack of ``count(config)`` matrices of as many rows each; codes stay."""
+
+    count: Callable[[Config], int]
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ class Each:
     steps: tuple[tuple[Step, ...], ...]
 
 
-Step = Join | Split | Transpose | Values | Reshape | Scale | Each
+Step = Join | Split | Transpose | Values | Scale | Reshape | ScaleRows | Stack | Each
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,22 @@ class Recast:
     def keeps_columns(self) -> bool:
         """Whether what is made multiplies the same input."""
         return all(isinstance(step, (Join, Split)) for step in self.steps)
+
+    def keeps(self, number: int) -> bool:
+        """Whether the ``number``-th that is made multiplies the input of the first canonical one,
+        as rows that have only moved do."""
+        if self.keeps_columns:
+            return True
+        steps: list[Step] = []
+        for step in self.steps:
+            steps += step.steps[number] if isinstance(step, Each) else [step]
+        return all(isinstance(step, (Join, Split, Stack)) for step in steps)
+
+    def matrices(self, number: int, config: Config) -> int:
+        """How many matrices the ``number``-th that is made stacks, which were one."""
+        own = (s for step in self.steps if isinstance(step, Each) for s in step.steps[number])
+        steps = (*(step for step in self.steps if isinstance(step, Stack)), *own)
+        return next((step.count(config) for step in steps if isinstance(step, Stack)), 1)
 
     def at(self, layer: str, side: Sequence[str]) -> list[str]:
         return [name.replace("{i}", layer) for name in side]

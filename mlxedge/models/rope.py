@@ -30,7 +30,8 @@ class Rope:
 
     ``type`` is one of ``ROPE_TYPES``. ``original_max_position`` is the context the model was first
     trained with. ``attention_factor`` multiplies cosine and sine (yarn, longrope; 1.0 otherwise),
-    and ``fraction`` of each head is rotated. Fields that a type does not use keep their defaults.
+    and ``fraction`` of each head is rotated. ``mscale_all_dim`` is yarn's, 0 for none: latent
+    attention scales its scores by it. Fields that a type does not use keep their defaults.
     """
 
     theta: float = DEFAULT_THETA
@@ -42,6 +43,7 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    mscale_all_dim: float = 0.0
     truncate: bool = True
     fraction: float = 1.0
     short_factor: tuple[float, ...] = ()
@@ -99,6 +101,7 @@ def rope_settings(config: Mapping[str, Any], layers: str | None = None) -> Rope:
         beta_fast=float(values.get("beta_fast") or 32.0),
         beta_slow=float(values.get("beta_slow") or 1.0),
         attention_factor=_attention_factor(values, kind, scale, int(original)),
+        mscale_all_dim=float(values.get("mscale_all_dim") or 0.0) if kind == "yarn" else 0.0,
         truncate=bool(_first(values.get("truncate"), True)),
         fraction=float(fraction),
         short_factor=_factors(values, "short_factor") if kind == LONG else (),
@@ -169,6 +172,20 @@ def _attention_factor(values: Mapping[str, Any], kind: str, factor: float, origi
     if mscale and all_dims:
         return _yarn_scale(factor, mscale) / _yarn_scale(factor, all_dims)
     return _yarn_scale(factor, 1.0)
+
+
+def score_scale(rope: Rope) -> float:
+    """By what latent attention multiplies its scores beside the root of the head's size
+    (``DeepseekV3Attention`` in DeepSeek-V3's modeling_deepseek.py)."""
+    return _yarn_scale(rope.factor, rope.mscale_all_dim) ** 2
+
+
+def mscale_of(rope: Rope) -> float:
+    """yarn's ``mscale`` that gives the attention factor beside ``mscale_all_dim``."""
+    if rope.factor <= 1:
+        return rope.mscale_all_dim
+    whole = rope.attention_factor * _yarn_scale(rope.factor, rope.mscale_all_dim)
+    return float(f"{(whole - 1.0) / (0.1 * math.log(rope.factor)):.7g}")
 
 
 def _yarn_scale(factor: float, mscale: float) -> float:

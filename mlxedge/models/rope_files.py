@@ -21,6 +21,9 @@ Get = Callable[..., Any]
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _FREQUENCIES, _LONG, _SHORT = ROPE_TENSORS
 _ORIGINAL = "rope.scaling.original_context_length"
+#: The architectures for which llama.cpp reads other ends of yarn's ramp than its own.
+_READS_RAMP = ("grok", "mistral3")
+_RAMP = (32.0, 1.0)
 _SHARE = "rope.scaling.yarn_log_multiplier"
 _YARN = {
     "beta_fast": "rope.scaling.yarn_beta_fast",
@@ -117,6 +120,7 @@ def rope_values(rope: Rope) -> dict[str, Any]:
         values["high_freq_factor"] = rope.high_freq_factor
     if rope.type == "yarn":
         values |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        values |= {} if rope.truncate else {"truncate": False}
         if share := _yarn_share(rope):
             values |= {"mscale": 1.0, "mscale_all_dim": share}
     if rope.type in ("llama3", "yarn", LONG):
@@ -145,6 +149,9 @@ def rope_objections(
         found.append("llama.cpp has no dynamic rope scaling")
     if runtime == "gguf" and rope.type == "llama3" and not freq_factors:
         found.append(f"llama.cpp reads no llama3 rope factors for {arch}")
+    own_ramp = rope.type == "yarn" and (rope.beta_fast, rope.beta_slow) != _RAMP
+    if runtime == "gguf" and own_ramp and arch not in _READS_RAMP:
+        found.append(f"llama.cpp reads no beta_fast and beta_slow of yarn for {arch}")
     if rope.type == "yarn" and not rope.truncate:
         found.append("the runtime cannot be told this yarn truncate: false")
     if _yarn_share(rope) and not yarn_told:

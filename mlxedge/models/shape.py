@@ -56,6 +56,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if heads % kv_heads:
         raise UnsupportedModelError(f"{heads} attention heads cannot share {kv_heads} of keys")
+    mixing = {name: load_mixer(name).settings(config) for name in dict.fromkeys(mixers)}
     return Shape(
         hidden=hidden,
         layers=layers,
@@ -64,7 +65,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
         head_dim=int(config.get("head_dim") or hidden // heads),
         intermediate=intermediate,
         vocab=vocab,
-        context=_context(config, ropes),
+        context=_context(config, ropes, mixing),
         epsilon=float(config.get(spec.epsilon) or 1e-6),
         mixers=mixers,
         ropes=ropes,
@@ -73,12 +74,16 @@ def shape_of(config: dict[str, Any]) -> Shape:
         wiring=spec.wired(config),
         factors=spec.factors(config),
         experts=experts if experts and experts.layers else None,
-        mixing={name: load_mixer(name).settings(config) for name in dict.fromkeys(mixers)},
+        mixing=mixing,
     )
 
 
-def _context(config: dict[str, Any], ropes: Sequence[Rope | None]) -> int:
-    """Beyond the context of the first training longrope would turn what is in the cache anew."""
+def _context(
+    config: dict[str, Any], ropes: Sequence[Rope | None], mixing: Mapping[str, Any]
+) -> int:
+    """Beyond the context of the first training longrope would turn what is in the cache anew, and a
+    mixer may have a limit of its own."""
     longest = int(config.get("max_position_embeddings") or 2048)
     limits = [rope.original_max_position for rope in ropes if rope and rope.type == LONG]
+    limits += [most for own in mixing.values() if (most := getattr(own, "most", None))]
     return min(longest, *limits) if limits else longest

@@ -34,6 +34,10 @@ MODULES = {
 }
 
 
+#: Codestral Mamba's files have all within a module.
+_SPELLINGS = ((r"^model\.backbone\.", "backbone."), (r"^model\.lm_head\.", "lm_head."))
+
+
 def rates(a_log: np.ndarray) -> np.ndarray:
     """A of its logarithm."""
     import numpy as np
@@ -101,7 +105,6 @@ class Spaces:
     mixer: str
     tensors: tuple[Name, ...]
     recasts: tuple[Recast, ...]
-    widths: Callable[[Config], Mapping[str, int]]
     adopt: Callable[[Config], Config]
     metadata: Callable[[Config], Mapping[str, int]]
     back: Callable[[Callable[[str], int], int], Config]
@@ -118,7 +121,6 @@ class Spaces:
             names=tuple(stored(name, MODULES) for name in made if ".self_attn." not in name.hf),
             wiring=WIRING,
             attends=False,
-            widths=self.widths,
             mixers=lambda config: (self.mixer,) * config["num_hidden_layers"],
             windows=no_windows,
             window=lambda config, runtime: None,
@@ -132,6 +134,7 @@ class Spaces:
             mlx_config=dict,
             objections=self._objections,
             recasts=self.recasts,
+            spellings=_SPELLINGS,
             reads=self.reads,
         )
 

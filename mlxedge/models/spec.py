@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlxedge.errors import CorruptFileError, UnsupportedModelError
 from mlxedge.gguf_values import GgufValue, Metadata
 from mlxedge.models.experts import ROUTER, SHARED_GATE, Experts
+from mlxedge.models.mixers import load_mixer
 from mlxedge.models.recasts import Recast, World
 from mlxedge.models.rope import Rope
 from mlxedge.models.wiring import PRE_NORM, Factors, Wiring
@@ -79,7 +80,6 @@ class ModelSpec:
     - ``ropes(config)``: the rotary embedding of each layer, ``None`` for none.
     - ``mixers(config)``: what mixes positions in each layer (``mlxedge.models.mixers``).
     - ``factors(config)``: what scales and caps activations.
-    - ``widths(config)``: what further words in the shapes of ``names`` stand for.
     - ``adopt(config)``: a config as it is found, under the keys that are read here, with the
       defaults that transformers has for this architecture.
     - ``settle(config)``: the config with the architecture's own keys spelled out, or
@@ -106,7 +106,6 @@ class ModelSpec:
     #: Whether there is attention. Without, ``adopt`` gives the sizes of one that is not there.
     attends: bool = True
     factors: Callable[[Config], Factors] = lambda config: Factors()
-    widths: Callable[[Config], Mapping[str, int]] = lambda config: {}
     #: The architecture in GGUF of a model of a config, where that is another one.
     archs: Callable[[Config], str | None] = lambda config: None
     #: Whether mlx-lm computes what is meant from a Hugging Face folder, too.
@@ -186,7 +185,9 @@ class ModelSpec:
         """The canonical matrices that have the input of a GGUF matrix; none if it is unknown."""
         if (found := self.recast_of("gguf", gguf_name)) is not None:
             recast, layer = found
-            return tuple(recast.at(layer, recast.canonical)) if recast.keeps_columns else ()
+            number = recast.at(layer, recast.other).index(gguf_name)
+            names = recast.at(layer, recast.canonical)
+            return tuple(names) if recast.keeps(number) else ()
         mapped = self.from_gguf(gguf_name)
         return () if mapped is None else (mapped[0],)
 
@@ -195,9 +196,17 @@ class ModelSpec:
         for recast in self.recasts:
             layer = recast.layer_of(hf_name, recast.canonical) if recast.world == "gguf" else None
             if layer is not None:
-                return tuple(recast.at(layer, recast.other)) if recast.keeps_columns else ()
+                others = recast.at(layer, recast.other)
+                return tuple(own for n, own in enumerate(others) if recast.keeps(n))
         mapped = self.to_gguf(hf_name)
         return () if mapped is None else (mapped[0],)
+
+    def stacked_in_gguf(self, gguf_name: str, config: Config) -> int:
+        """How many matrices a GGUF tensor stacks that are one in the canonical one."""
+        if (found := self.recast_of("gguf", gguf_name)) is None:
+            return 1
+        recast, layer = found
+        return recast.matrices(recast.at(layer, recast.other).index(gguf_name), config)
 
     def listed(self, layers: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         """Arrays of GGUF's metadata, by key, that hold tensors of one number: of each of
@@ -287,12 +296,14 @@ class ModelSpec:
         found: dict[str, tuple[int, ...]] = {}
         for name in self.names:
             if name.present(config):
-                shape = tuple(size[word] for word in name.shape)
                 layers: Collection[int] = range(config["num_hidden_layers"])
                 if name.layers is not None:
                     layers = sorted(name.layers(config))
                 elif "{i}" not in name.hf:
                     layers = (0,)
+                if not layers:
+                    continue  # without its mixer, words of its shape may stand for nothing
+                shape = tuple(size[word] for word in name.shape)
                 found |= {name.hf.format(i=i): shape for i in layers}
         return found
 
@@ -316,7 +327,8 @@ class ModelSpec:
             "kv": head * config["num_key_value_heads"],
             "qkv": head * (config["num_attention_heads"] + 2 * config["num_key_value_heads"]),
         }
-        found |= self.widths(config)
+        for mixer in dict.fromkeys(self.mixers(config)):
+            found |= load_mixer(mixer).sizes(config)
         return found | (self.experts.sizes(config) if self.experts else {})
 
     def check_tensors(

@@ -53,11 +53,14 @@ class Weights:
         return found
 
     def experts(self, name: str, count: int, x: Any, out: Any) -> Any:
-        """``out = x @ W[e].T`` for the slots of each of ``count`` experts."""
+        """``out = x @ W[e].T + b[e]`` for the slots of each of ``count`` experts."""
         tensor = self.tensor(name, (count, out.width, x.width))
         matrix = self._ops.Matrix(tensor.read(), tensor.encoding, count * out.width, x.width)
         self.nbytes += matrix.nbytes
-        return self._ops.ExpertProduct(matrix, out)
+        bias = self.optional(name.removesuffix("weight") + "bias")
+        return self._ops.ExpertProduct(
+            matrix, out, None if bias is None else bias.reshape(count, out.width)
+        )
 
     def vector(self, name: str) -> np.ndarray:
         """f32 ``[size]``."""

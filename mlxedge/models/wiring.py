@@ -50,6 +50,7 @@ class Wiring:
       each head after the rotation ("last"); always RMSNorm but if ``layer_norm``.
     - ``neighbours``: rotation turns neighbouring dimensions against each other, not the two halves
       of a head; ``partial``: only a part of each head may turn.
+    - ``sinks``: each head has a score of nothing, which takes its share of attention.
     """
 
     attention_norm: str | None = "input_layernorm"
@@ -67,6 +68,7 @@ class Wiring:
     head_norm: Literal["head", "width", "last"] | None = None
     neighbours: bool = False
     partial: bool = False
+    sinks: bool = False
 
 
 #: llama's.

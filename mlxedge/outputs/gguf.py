@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxedge import gguf_values as gv
-from mlxedge.encodings import F32, Encoding
+from mlxedge.encodings import F32, PLAIN, Encoding
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.spec import ModelSpec
 from mlxedge.ops import load_reference
 from mlxedge.outputs.folder import window_notes
 from mlxedge.outputs.gguf_file import ALIGNMENT, header_bytes
+from mlxedge.outputs.published import REASON, note, published
 from mlxedge.plan import (
     DataFile,
     OutputPlan,
@@ -80,12 +81,25 @@ def plan_gguf(
             )
         names[hf_name] = mapped
 
-    extra = spec.gguf_extra(config)
+    extra, written = spec.gguf_extra(config), spec.gguf_metadata(config)
     shapes = [(names[n][0], _dims(t.shape)) for n, t in sources.items()]
     notes = overrides.unmatched("gguf", [n for n, dims in shapes if llama_cpp.is_open(n, dims)])
     choices = llama_cpp.choose(
-        target.recipe, shapes, _shape(spec, config), has_imatrix=imatrix, overrides=overrides
+        target.recipe,
+        shapes,
+        _shape(spec, config, written),
+        has_imatrix=imatrix,
+        overrides=overrides,
     )
+    if target.recipe not in PLAIN and not overrides.pure:
+        stay = {
+            names[n][0]: llama_cpp.Choice(encoding, REASON)
+            for n, source in sources.items()
+            if (encoding := published(spec, source, "gguf"))
+            and overrides.find(names[n][0], "gguf") is None
+        }
+        choices |= stay
+        notes += [note("gguf")] if stay else []
     llama_cpp.check_importance(
         target.recipe,
         choices,
@@ -125,10 +139,9 @@ def plan_gguf(
         planned.append(replace(tensor, places={"weight": places[0]}))
         offset = -(-end // ALIGNMENT) * ALIGNMENT
 
-    metadata = _general(
-        checkpoint, spec.arch_of(config), target, sum(t.size for t in checkpoint.tensors.values())
-    )
-    metadata |= spec.gguf_metadata(config)
+    parameters = sum(t.size for t in checkpoint.tensors.values())
+    metadata = _general(checkpoint, spec.arch_of(config), target, parameters)
+    metadata |= written
     for key, entries in listed.items():
         # Nothing is written of a model of which headers alone are here.
         found = [
@@ -230,12 +243,14 @@ def without_imatrix(plan: OutputPlan) -> str | None:
     return f"{plan.target.spec} takes an imatrix file (--calibrate) then, or --no-calibrate"
 
 
-def _shape(spec: ModelSpec, config: dict[str, Any]) -> llama_cpp.Shape:
+def _shape(spec: ModelSpec, config: dict[str, Any], written: gv.Metadata) -> llama_cpp.Shape:
+    """``written`` is the architecture's metadata, whose heads of keys are those of llama.cpp's
+    graph."""
     layers = config["num_hidden_layers"]
-    heads = config["num_attention_heads"]
-    # Of the first layer: 0 where that has no attention.
-    kv_heads = spec.gguf_metadata(config)[f"{spec.arch_of(config)}.attention.head_count_kv"].value
-    kv_heads = kv_heads if isinstance(kv_heads, int) else int(kv_heads[0])
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    shared = written.get(f"{spec.arch_of(config)}.attention.head_count_kv")
+    if shared is not None:  # of the first layer: 0 where that has no attention
+        kv_heads = shared.value if type(shared.value) is int else int(shared.value[0])
     many = layers == 80 and (spec.gguf_arch == "qwen2" or heads != kv_heads)
     return llama_cpp.Shape(
         layers=layers,

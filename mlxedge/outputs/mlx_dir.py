@@ -16,6 +16,7 @@ from mlxedge.outputs.folder import (
     type_note,
     window_notes,
 )
+from mlxedge.outputs.published import REASON, note, published
 from mlxedge.outputs.safetensors_file import lay_out
 from mlxedge.plan import OutputPlan, PlannedTensor, how_to_make, keeps_codes
 from mlxedge.recipes.overrides import NONE, Overrides, Role, with_scales
@@ -49,7 +50,9 @@ def plan_mlx(
         dtype = target.recipe
     sources = to_world(spec, config, checkpoint.tensors, "mlx")
     matrices = [
-        name for name, source in sources.items() if len(source.shape) > 1 and not spec.is_norm(name)
+        name
+        for name, source in sources.items()
+        if len(source.shape) > 1 and source.name.endswith("weight") and not spec.is_norm(name)
     ]
     notes = overrides.unmatched("mlx", matrices)
     told = _told(matrices, spec, overrides)
@@ -63,6 +66,8 @@ def plan_mlx(
             reason = reason or "routers get 8 bits"
             if spec.experts is not None and spec.experts.plain_router:
                 encoding, reason = PLAIN[dtype], "mlx-lm has no quantized router of this kind"
+        if quantized is not None and (stays := published(spec, source, "mlx")):
+            encoding, reason = stays, REASON
         if spec.is_exact(source.name):
             encoding, reason = PLAIN["f32"], None
         if name in told:
@@ -95,6 +100,8 @@ def plan_mlx(
     label = quantized.name if quantized else dtype
     plan = OutputPlan(target, path, label, layout.tensors, layout.files, files)
     plan.sources = recast_only(sources)
+    if any(tensor.reason == REASON for tensor in tensors):
+        plan.notes.append(note("mlx"))
     plan.notes += [*notes, *window_notes(spec, config, "mlx"), *about_tokenizer]
     plan.notes += type_note(config, written, "mlx-lm")
     if twice:
@@ -154,6 +161,8 @@ def _choose(
         return PLAIN[dtype], None
     if len(source.shape) < 2:
         return PLAIN[dtype], f"one-dimensional tensors stay {dtype}"
+    if source.name.endswith("bias"):
+        return PLAIN[dtype], f"biases stay {dtype}"
     if not quantized.fits(source.shape):
         return (
             PLAIN[dtype],

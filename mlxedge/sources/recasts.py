@@ -24,7 +24,9 @@ from mlxedge.models.recasts import (
     Recast,
     Reshape,
     Scale,
+    ScaleRows,
     Split,
+    Stack,
     Step,
     Transpose,
     Values,
@@ -76,8 +78,9 @@ def to_world(
         made = [tensors[n] for n in names]
         for step in recast.steps:
             made = _THERE[type(step)](config, step, made)
-        for own, one in zip(recast.at(layer, recast.other), made, strict=True):
-            like = names[0] if recast.keeps_columns else None
+        others = recast.at(layer, recast.other)
+        for number, (own, one) in enumerate(zip(others, made, strict=True)):
+            like = names[0] if recast.keeps(number) else None
             found[f"{world}:{own}"] = replace(one, name=own, like=like)
     return found
 
@@ -304,6 +307,20 @@ def _values_back(
     return [_mapped(step.back, tensor) for tensor in tensors]
 
 
+def _scale(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
+    assert isinstance(step, Scale)
+    factor = np.float32(step.factor(config))
+    return [_mapped(lambda x: x * factor, tensor) for tensor in tensors]
+
+
+def _scale_back(
+    config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
+) -> list[SourceTensor]:
+    assert isinstance(step, Scale)
+    factor = np.float32(step.factor(config))
+    return [_mapped(lambda x: x / factor, tensor) for tensor in tensors]
+
+
 def _mapped(change: Callable[[np.ndarray], np.ndarray], tensor: SourceTensor) -> SourceTensor:
     source = _decoded(tensor)
 
@@ -343,15 +360,15 @@ def _shaped(tensor: SourceTensor, shape: Shape) -> SourceTensor:
     return replace(made, read_rows=read, read_scales=None)
 
 
-def _scale(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
-    assert isinstance(step, Scale)
+def _scale_rows(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
+    assert isinstance(step, ScaleRows)
     return [_scaled(tensor, 1 / step.factors(config, tensor.rows)) for tensor in tensors]
 
 
-def _scale_back(
+def _scale_rows_back(
     config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
 ) -> list[SourceTensor]:
-    assert isinstance(step, Scale)
+    assert isinstance(step, ScaleRows)
     return [_scaled(tensor, step.factors(config, tensor.rows)) for tensor in tensors]
 
 
@@ -366,6 +383,29 @@ def _scaled(tensor: SourceTensor, factors: np.ndarray) -> SourceTensor:
         return {"weight": values * factors[start:stop, None].astype(np.float32)}
 
     return replace(source, read_rows=read)
+
+
+def _stack(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
+    assert isinstance(step, Stack)
+    count = step.count(config)
+    found = []
+    for tensor in tensors:
+        rows, cols = tensor.shape
+        if rows % count:
+            raise UnsupportedModelError(
+                f"{tensor.name} is {list(tensor.shape)}: its rows do not divide into {count}"
+            )
+        found.append(replace(tensor, shape=(count, rows // count, cols)))
+    return found
+
+
+def _unstack(
+    config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
+) -> list[SourceTensor]:
+    for tensor in tensors:
+        if len(tensor.shape) != 3:
+            raise UnsupportedModelError(f"{tensor.name} is {list(tensor.shape)}, not a stack")
+    return [replace(t, shape=(t.shape[0] * t.shape[1], t.shape[2])) for t in tensors]
 
 
 def _each(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
@@ -411,8 +451,10 @@ _THERE: dict[type, Callable[[Config, Step, list[SourceTensor]], list[SourceTenso
     Split: _split,
     Transpose: _transpose,
     Values: _values,
-    Reshape: _reshape,
     Scale: _scale,
+    Reshape: _reshape,
+    ScaleRows: _scale_rows,
+    Stack: _stack,
     Each: _each,
 }
 _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list[SourceTensor]]] = {
@@ -420,8 +462,10 @@ _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list
     Split: _unsplit,
     Transpose: _transpose_back,
     Values: _values_back,
-    Reshape: _shape_back,
     Scale: _scale_back,
+    Reshape: _shape_back,
+    ScaleRows: _scale_rows_back,
+    Stack: _unstack,
     Each: _each_back,
 }
 

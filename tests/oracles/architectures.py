@@ -100,6 +100,14 @@ SAVED: dict[str, dict[str, Any]] = {
             "partial_rotary_factor": 0.75,
         },
     },
+    "glm4_moe-groups": {
+        "model_type": "glm4_moe",
+        "n_routed_experts": 12,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_hidden_layers": 3,
+    },
+    "glm4_moe-all-groups": {"model_type": "glm4_moe", "n_group": 2, "topk_group": 2},
     "olmo3": {"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 40},
     "olmo3-yarn": {
         "model_type": "olmo3",
@@ -210,6 +218,10 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         {"mlx": "mlx-lm's stablelm has no linear rope scaling"},
     ),
+    "olmoe-clipped": (
+        {"model_type": "olmoe", "clip_qkv": 0.4},
+        {"gguf": "does not clip", "mlx": "does not clip"},
+    ),
     "olmoe-normalised": (
         {
             "model_type": "olmoe",
@@ -222,13 +234,4 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 
 #: What is not read at all: type and settings, and the reason.
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "glm4_moe-groups": (
-        {"model_type": "glm4_moe", "n_group": 2, "topk_group": 1},
-        "glm4_moe with groups of experts is not supported",
-    ),
-    "olmoe-clipped": (
-        {"model_type": "olmoe", "clip_qkv": 8.0},
-        "clip_qkv of olmoe is not supported",
-    ),
-}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {}

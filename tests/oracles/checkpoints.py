@@ -10,6 +10,8 @@ from oracles import (
     architectures,
     architectures_dense,
     architectures_fused,
+    architectures_mla,
+    architectures_moe,
     architectures_recurrent,
 )
 from oracles.renamed import rename
@@ -177,12 +179,18 @@ SAVED: dict[str, dict[str, Any]] = {
         "logit_scale": 1.5,
     },
 }
-for family in (architectures, architectures_dense, architectures_fused, architectures_recurrent):
+#: Type and settings, and of the runtime that refuses the reason.
+PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
+#: What is not read at all: type and settings, and the reason.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {}
+for family in (
+    *(architectures, architectures_dense, architectures_fused, architectures_mla),
+    *(architectures_moe, architectures_recurrent),
+):
     OWN |= family.OWN
     SAVED |= family.SAVED
-#: Type and settings, and of the runtime that refuses the reason.
-PARTIAL = architectures.PARTIAL | architectures_dense.PARTIAL | architectures_fused.PARTIAL
-PARTIAL |= architectures_recurrent.PARTIAL
+    PARTIAL |= family.PARTIAL
+    REFUSED |= family.REFUSED
 #: The settings of all.
 ALL = SAVED | {name: settings for name, (settings, _) in PARTIAL.items()}
 

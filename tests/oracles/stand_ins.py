@@ -71,6 +71,8 @@ STAND_INS: dict[str, tuple[Callable[[Settings], Settings], Settings]] = {
     "internlm2": (_llama, {"bias": False}),
     "baichuan": (lambda config: config | {"model_type": "llama"}, {}),
     "qwen": (_first_qwen, {"layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000}),
+    "kimi_k2": (_reads_only("deepseek_v3"), {}),
+    "youtu_llm": (_reads_only("youtu"), {}),
 }
 
 

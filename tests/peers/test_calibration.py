@@ -67,6 +67,7 @@ OTHERS = (
     "mamba",
     "mamba2",
     "granitemoehybrid-dense-tied",
+    "minicpm3-unscaled",
 )
 
 
@@ -144,12 +145,15 @@ def test_sums_and_hessians(name: str, tmp_path: Path) -> None:
             assert (np.abs(one.hessians[0] - hessian) / size).max() < 1e-4
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v32"])
 def test_each_expert_has_sums_and_a_hessian(model_type: str, tmp_path: Path) -> None:
     """Against what a watch of the layers sees, summed here; and what does not go through experts
     against transformers."""
-    count = "num_local_experts" if model_type == "mixtral" else "num_experts"
-    folder = write_checkpoint(tmp_path / "model", model_type, num_experts_per_tok=1, **{count: 24})
+    counts = {"mixtral": "num_local_experts", "deepseek_v32": "n_routed_experts"}
+    settings = {counts.get(model_type, "num_experts"): 24, "num_experts_per_tok": 1}
+    if model_type == "deepseek_v32":
+        settings |= {"first_k_dense_replace": 0, "norm_topk_prob": False}
+    folder = write_checkpoint(tmp_path / "model", model_type, **settings)
     expected = inputs_by_transformers(folder, IDS)
     inputs: dict[tuple[str, int], list[np.ndarray]] = {}
 

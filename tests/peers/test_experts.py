@@ -23,7 +23,21 @@ from mlxedge.recipes.llama_cpp import file_type
 from mlxedge.sources import open_source
 from mlxedge.sources.gguf import read_gguf
 
-MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe")
+MODELS = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "olmoe"),
+    *("gpt_oss", "granitemoe", "minimax_m2", "dots1", "afmoe", "deepseek_v3"),
+)
+#: The width of an expert of these is ``intermediate_size``.
+ONE_WIDTH = ("mixtral", "olmoe", "gpt_oss", "granitemoe", "minimax_m2")
+#: What leaves two layers with experts.
+LAYERS = {
+    "glm4_moe": {"first_k_dense_replace": 0},
+    "deepseek_v3": {"first_k_dense_replace": 0},
+    "dots1": {"first_k_dense_replace": 0},
+    "afmoe": {"num_hidden_layers": 4, "num_dense_layers": 2},
+}
+#: Other random weights, where those of seed 0 have near-ties of experts at most positions.
+SEEDS = {"minimax_m2": 1}
 OPS = load_reference()
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 64)]
 
@@ -31,9 +45,9 @@ TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 512, 64)]
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    wide = {"moe_intermediate_size": 256} if request.param not in ("mixtral", "olmoe") else {}
-    if request.param == "glm4_moe":
-        wide |= {"first_k_dense_replace": 0}
+    wide = {"moe_intermediate_size": 256} if request.param not in ONE_WIDTH else {}
+    wide |= LAYERS.get(request.param, {})
+    wide |= {"seed": SEEDS.get(request.param, 0)}
     return write_checkpoint(
         folder, request.param, "bfloat16", hidden_size=256, intermediate_size=256, **wide
     )

@@ -14,12 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles import (
-    architectures,
-    architectures_dense,
-    architectures_fused,
-    architectures_recurrent,
-)
+from oracles import architectures, architectures_fused, checkpoints
 from oracles.checkpoints import (
     FULL,
     GRANITE,
@@ -276,15 +271,12 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"mlx": "needs heads that add up"},
     ),
 }
-PARTIAL |= architectures.PARTIAL | architectures_dense.PARTIAL | architectures_fused.PARTIAL
-PARTIAL |= architectures_recurrent.PARTIAL
-REFUSED = architectures.REFUSED | architectures_dense.REFUSED | architectures_fused.REFUSED
-REFUSED |= architectures_recurrent.REFUSED
+PARTIAL |= checkpoints.PARTIAL
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", checkpoints.REFUSED)
 def test_what_no_program_of_ours_computes_is_refused(name: str, tmp_path: Path) -> None:
-    settings, reason = REFUSED[name]
+    settings, reason = checkpoints.REFUSED[name]
     folder = write_checkpoint(tmp_path / "source", **settings)
     with pytest.raises(UnsupportedModelError, match=reason):
         mlxedge.convert(folder, "gguf:f32", tmp_path / "out.gguf")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from oracles import architectures_recurrent
-from oracles.checkpoints import PARTIAL, SAVED, write_checkpoint
+from oracles.checkpoints import OWN, PARTIAL, SAVED, write_checkpoint
 from oracles.llama_cpp import LlamaCpp
 from oracles.llama_quantize import types
 
@@ -22,7 +22,11 @@ OTHERS = (
     *("apertus", "phi", "stablelm-parallel", "minicpm-tied"),
     *("gpt2", "gpt_neox", "falcon", "internlm2"),
     *architectures_recurrent.WIDE,
+    *("gpt_oss", "granitemoe", "granitemoeshared", "afmoe", "ernie4_5_moe"),
+    *("deepseek_v2-queries-whole", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "minicpm3"),
+    "youtu",
 )
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "moe_intermediate_size")
 #: Number, as llama-quantize counts.
 RECIPES = {
     **{"q2_k": 10, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17},
@@ -72,6 +76,8 @@ def test_quantized_models_run(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in OTHERS if n in RUNS])
 def test_types_equal_llama_quantizes(name: str, tmp_path: Path) -> None:
     settings = RUNS[name][0] | {"hidden_size": 256, "intermediate_size": 256}
+    # Latents and heads of whole blocks, where there are some.
+    settings |= {key: 256 for key in LATENT if key in OWN.get(settings["model_type"], {})}
     settings |= architectures_recurrent.WIDE.get(name, {})
     layers = max(9, settings.get("num_hidden_layers", 0))
     folder = write_checkpoint(tmp_path / "source", **settings | {"num_hidden_layers": layers})

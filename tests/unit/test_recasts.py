@@ -19,7 +19,9 @@ from mlxedge.models.recasts import (
     Recast,
     Reshape,
     Scale,
+    ScaleRows,
     Split,
+    Stack,
     Step,
     Transpose,
     Values,
@@ -154,8 +156,7 @@ def test_biases() -> None:
 def test_one_becomes_two_of_which_one_is_transposed() -> None:
     """As DeepSeek's kv_b in llama.cpp: by head, keys transposed and values."""
 
-    def stack(shape: Shape) -> Shape:
-        return (4, shape[0] // 4, shape[1])
+    stack = Stack(lambda config: 4)
 
     def apart(config: dict[str, Any], sizes: Any) -> np.ndarray:
         return interleaved(4, sizes)
@@ -163,16 +164,33 @@ def test_one_becomes_two_of_which_one_is_transposed() -> None:
     kv_b = numbers(4 * (6 + 2), 16)
     steps = (
         Split(lambda config: (24, 8), apart),
-        Each(((Reshape(stack), Transpose()), (Reshape(stack),))),
+        Each(((stack, Transpose()), (stack,))),
     )
-    names = ("model.layers.{i}.kv_b.weight",)
-    recast = Recast("gguf", names, ("blk.{i}.k_b.weight", "blk.{i}.v_b.weight"), steps)
-    assert not recast.keeps_columns
-    (keys, values), made = there_and_back((steps[0], Each(((Transpose(),), ()))), [kv_b], others=2)
+    (keys, values), made = there_and_back(steps, [kv_b], others=2)
     by_head = kv_b.reshape(4, 8, 16)
-    np.testing.assert_array_equal(keys, by_head[:, :6].reshape(24, 16).T)
-    np.testing.assert_array_equal(values, by_head[:, 6:].reshape(8, 16))
-    assert all(t.like is None for t in made.values())
+    np.testing.assert_array_equal(keys, by_head[:, :6].swapaxes(1, 2))
+    np.testing.assert_array_equal(values, by_head[:, 6:])
+    # Only the values' rows have moved, and multiply what all of it does.
+    assert [t.like for t in made.values()] == [None, "model.layers.3.part0.weight"]
+
+
+def test_stacked_rows_keep_their_codes() -> None:
+    weights, encoding = numbers(24, 64), GGML["q4_0"]
+    (stacked,), made = there_and_back((Stack(lambda config: 4),), [weights], encodings=[encoding])
+    (tensor,) = made.values()
+    assert (tensor.encoding, tensor.shape, tensor.decoded) == (encoding, (4, 6, 64), False)
+    np.testing.assert_array_equal(
+        stacked.reshape(24, 64), values_of(source("x", weights, encoding))
+    )
+    with pytest.raises(UnsupportedModelError, match="do not divide into 5"):
+        there_and_back((Stack(lambda config: 5),), [weights])
+
+
+def test_values_are_scaled() -> None:
+    norm = numbers(7)
+    (made,), out = there_and_back((Scale(lambda config: 0.1),), [norm])
+    np.testing.assert_array_equal(made, norm * np.float32(0.1))
+    assert next(iter(out.values())).encoding == F32
 
 
 def test_values_and_shapes() -> None:
@@ -197,11 +215,11 @@ def test_rows_are_scaled() -> None:
         return np.arange(1, rows + 1)
 
     values = numbers(6, 5)
-    (made,), _ = there_and_back((Scale(factors),), [values])
+    (made,), _ = there_and_back((ScaleRows(factors),), [values])
     np.testing.assert_allclose(made, values / np.arange(1, 7)[:, None], rtol=1e-6)
     encoding = GGML["q4_0"]
     _, out = there_and_back(
-        (Scale(lambda config, rows: np.ones(rows)),), [numbers(4, 32)], encodings=[encoding]
+        (ScaleRows(lambda config, rows: np.ones(rows)),), [numbers(4, 32)], encodings=[encoding]
     )
     assert next(iter(out.values())).encoding == encoding
 

@@ -16,7 +16,11 @@ class Mixer(Protocol):
 
     def settings(self, config: Mapping[str, Any]) -> Any:
         """What it reads from a settled config, as a frozen dataclass (``Shape.mixing``), or
-        ``None``."""
+        ``None``. A field ``most`` is the context up to which it can be computed."""
+
+    def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """What the words in the shapes of its tensors stand for, beside those of
+        ``ModelSpec.sizes``."""
 
     def groups(self, shape: Shape, layer: int) -> list[tuple[str, ...]]:
         """The modules within a layer that hold its matrices, those together that have the same

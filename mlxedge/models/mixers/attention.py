@@ -20,6 +20,10 @@ def settings(config: Mapping[str, Any]) -> None:
     """All of it is in the shape."""
 
 
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    return {}
+
+
 def groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
     return [_FUSED if shape.wiring.qkv_fused else _QKV, _OUT]
 
@@ -72,6 +76,7 @@ def attend(graph: Graph, layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
         neighbours=wiring.neighbours,
         centred=wiring.layer_norm,
         norm_last=wiring.head_norm == "last",
+        sinks=weights.optional(f"model.layers.{layer}.self_attn.sinks"),
         slopes=alibi_slopes(shape.heads, shape.factors.alibi) if shape.factors.alibi else None,
     )
 

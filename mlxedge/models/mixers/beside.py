@@ -19,6 +19,10 @@ def settings(config: Mapping[str, Any]) -> mamba2.Mamba2:
     return mamba2.settings(config)
 
 
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    return mamba2.sizes(config)
+
+
 def groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
     return [(*_QKV, _IN), _SPACE_OUT, _OUT]
 

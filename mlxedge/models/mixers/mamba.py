@@ -86,8 +86,7 @@ def names(layers: Callable[[Config], Collection[int]] | None = None) -> tuple[Na
     )
 
 
-def widths(config: Mapping[str, Any]) -> dict[str, int]:
-    """What words in the shapes of its tensors stand for."""
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
     own = settings(config)
     return {
         "ssm_in": 2 * own.inner,

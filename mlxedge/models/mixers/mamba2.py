@@ -132,8 +132,7 @@ def settings(config: Mapping[str, Any]) -> Mamba2:
     return Mamba2(heads, head_dim, groups, size, width, (low, high))
 
 
-def widths(config: Mapping[str, Any]) -> dict[str, int]:
-    """What words in the shapes of its tensors stand for."""
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
     own = settings(config)
     return {
         "ssm_heads": own.heads,

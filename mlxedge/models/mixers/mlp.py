@@ -17,6 +17,10 @@ def settings(config: Mapping[str, Any]) -> None:
     """All of it is in the shape."""
 
 
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    return {}
+
+
 def groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
     return [_UP, _DOWN]
 

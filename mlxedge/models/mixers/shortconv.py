@@ -55,8 +55,7 @@ def settings(config: Mapping[str, Any]) -> int:
     return int(config["conv_L_cache"])
 
 
-def widths(config: Mapping[str, Any]) -> dict[str, int]:
-    """What words in the shapes of its tensors stand for."""
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
     return {"conv_width": config["conv_L_cache"], "conv_in": 3 * config["hidden_size"]}
 
 

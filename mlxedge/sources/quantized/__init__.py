@@ -39,10 +39,13 @@ def quantization_rules(folder: Path, config: dict[str, Any]) -> dict[str, Any] |
     """What the folder says of how its weights are quantized, or ``None`` if they are not."""
     from mlxedge.sources.folder import MODELOPT_CONFIG, read_json
 
-    for key in _KEYS:
-        rules = config.get(key)
-        if isinstance(rules, dict) and rules.get("quant_method"):
-            return rules
+    text = config.get("text_config")
+    # A model that sees as well may say it of its language model alone.
+    for scope in (config, text if isinstance(text, dict) else {}):
+        for key in _KEYS:
+            rules = scope.get(key)
+            if isinstance(rules, dict) and rules.get("quant_method"):
+                return rules
     if not (folder / MODELOPT_CONFIG).is_file():
         return None
     rules = read_json(folder / MODELOPT_CONFIG).get("quantization")
