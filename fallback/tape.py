@@ -14,7 +14,7 @@ import numpy as np
 
 from mlxedge.encodings import F32
 from mlxedge.errors import UsageError
-from mlxedge.fallback import attention
+from mlxedge.fallback import attention, causal_conv
 from mlxedge.fallback import frame as fr
 from mlxedge.fallback.activations import ACTIVATIONS
 from mlxedge.fallback.experts import (
@@ -31,6 +31,7 @@ from mlxedge.fallback.forward_ops import PART_FIELDS, grain, scratch_bytes, step
 from mlxedge.fallback.lanes import LANES
 from mlxedge.fallback.latent import unfold_kernel
 from mlxedge.fallback.linear import Matrix
+from mlxedge.fallback.recurrent import RecurrentSteps
 
 #: Matrices that fit the fields of one step, after the function's address and the five of a linear.
 _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
@@ -38,7 +39,7 @@ _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
 #: How a router's logits become scores: see :meth:`Tape.route`.
 Score = Literal["softmax", "sigmoid", "softmax_top"]
 #: See :mod:`mlxedge.fallback.activations`.
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu", "sigmoid"]
+Activation = Literal["none", "silu", "gelu_tanh", "gelu", "relu2", "xielu", "sigmoid"]
 #: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
 #: which expert of how many that is for: 0 of 1, but for the taps of experts.
 Watch = Callable[[Any, np.ndarray, int, int], None]
@@ -153,7 +154,7 @@ class HostedProduct:
             arrays[product.add_to.number][:n, :rows] += out
 
 
-class Tape:
+class Tape(RecurrentSteps):
     """The steps of a forward pass, recorded in order.
 
     Everything recorded stays alive as long as the tape. Vectors (weights of norms, biases) are f32.
@@ -476,6 +477,31 @@ class Tape:
     def state(self, cells: int) -> int:
         """The slot of a new recurrent layer, which keeps ``cells`` f32."""
         return self._slot(State(cells))
+
+    def causal_conv(
+        self,
+        x: Buffer,
+        out: Buffer,
+        weight: np.ndarray,
+        *,
+        bias: np.ndarray | None = None,
+        activation: Activation = "silu",
+    ) -> int:
+        """out = activation(the convolution of each channel of ``x`` with its row of ``weight``,
+        f32 ``[channels, width]``, the last of which is for the position itself, + bias); x may be
+        out. Returns the slot of its state.
+
+        Raises UsageError for weights that are not of as many channels as x and out.
+        """
+        channels, width = weight.shape
+        if not x.width == out.width == channels or (bias is not None and bias.size != channels):
+            raise UsageError(f"a convolution of {channels} channels for {x.width} to {out.width}")
+        slot = self.state(causal_conv.state_cells(channels, width))
+        self._scratch = max(self._scratch, causal_conv.scratch_bytes(width))
+        vectors = self._vector(causal_conv.packed(weight)), self._vector(bias)
+        shared = x.offset, out.offset, slot, x.stored // LANES, width
+        self._record(causal_conv.conv_kernel(), *shared, *vectors, ACTIVATIONS[activation])
+        return slot
 
     def _slot(self, slot: KeyValues | State) -> int:
         self.slots.append(slot)

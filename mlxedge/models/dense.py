@@ -80,6 +80,7 @@ class Dense:
     - ``rounds_ramp``: the runtimes round the ends of yarn's ramp where the model does not, and are
       what everybody runs it with: it is said and not refused.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
+    - ``archs``: see ``ModelSpec``.
     - ``nearly``: what the runtimes compute nearly, as configs call it: GGUF then says which it is.
     - ``lacks``: the runtimes that do not have it; ``wires``: a config's wiring, where it differs.
     - ``yarn_told``: the runtimes that can be told yarn's attention factor.
@@ -95,6 +96,7 @@ class Dense:
     arch: str
     names: tuple[Name, ...]
     fixed: Mapping[str, Any]
+    archs: Callable[[Config], str | None] = lambda config: None
     freq_factors: bool = False
     head_dim_free: bool = True
     experts: Experts | None = None
@@ -138,6 +140,7 @@ class Dense:
             model_type=self.model_type,
             architecture=self.architecture,
             gguf_arch=self.arch,
+            archs=self.archs,
             names=self.names,
             gguf_metadata=self.gguf_metadata,
             gguf_extra=self.gguf_extra,
@@ -231,7 +234,8 @@ class Dense:
             keys = _expert_keys(self.experts)
             values |= {gguf_key: gv.u32(config[key]) for key, gguf_key in keys.items()}
         values |= rope_metadata(rope) | self.gguf(config)
-        return {f"{self.arch}.{k}": v for k, v in values.items()}
+        arch = self.archs(config) or self.arch
+        return {f"{arch}.{k}": v for k, v in values.items()}
 
     @property
     def _epsilon_key(self) -> str:
@@ -256,6 +260,8 @@ class Dense:
 
         def need(key: str) -> int:
             value = get(key)
+            if value is not None and not isinstance(value, (int, float, str)):
+                value = int(max(value))  # of each layer
             if not isinstance(value, int) or value <= 0:
                 raise UnsupportedModelError(
                     f"the GGUF metadata lacks a positive {self.arch}.{key}: the file is incomplete"
@@ -269,6 +275,9 @@ class Dense:
         if not vocab:
             raise TokenizerError("the GGUF metadata says neither vocab_size nor the tokens")
         head_dim = get("attention.key_length") or hidden // heads
+        kv_heads = get("attention.head_count_kv", heads)
+        if not isinstance(kv_heads, int):  # of each layer, 0 where there is no attention
+            kv_heads = int(max(kv_heads))
         rope = rope_from_gguf(get, extra, head_dim, self.wiring.partial)
         config: Config = {
             "model_type": self.model_type,
@@ -278,7 +287,7 @@ class Dense:
             "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv") or heads,
+            "num_key_value_heads": kv_heads or heads,
             "head_dim": head_dim,
             "max_position_embeddings": get("context_length", 2048),
             self.epsilon: shortest(get(self._epsilon_key, 1e-6)),

@@ -61,7 +61,7 @@ class Experts:
     ``score_key`` is the config key of the score, where models differ. ``biases``: the router
     and all matrices of experts have one; ``clamped``: the config keys of a clamped gate's steepness
     and limit. ``published`` names an encoding that experts keep, if a source has them in it and
-    nothing else is asked for."""
+    nothing else is asked for. ``some``: a config may have none."""
 
     width: str = "moe_intermediate_size"
     shared_width: str | None = None
@@ -73,6 +73,7 @@ class Experts:
     bias: bool = False
     shared_gate: bool = True
     plain_router: bool = False
+    some: bool = False
     groups: tuple[str, str] | None = None
     group_best: int = 2
     biases: bool = False
@@ -92,6 +93,10 @@ class Experts:
             config["mlp_only_layers"] = config.get("mlp_only_layers") or []
         if isinstance(self.normalise, str):
             config[self.normalise] = bool(config.get(self.normalise))
+        if self.some and not count:
+            layers = list(range(config["num_hidden_layers"]))
+            none = dict.fromkeys((*_COUNT, "num_experts_per_tok"), 0)
+            return config | none | {"mlp_only_layers": layers}
         keys = ["num_experts", "num_experts_per_tok", self.width]
         keys += ["decoder_sparse_step"] if self.sparse else []
         wrong = [k for k in keys if type(config.get(k)) is not int or not 0 < config[k] < 1 << 24]

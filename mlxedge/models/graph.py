@@ -23,6 +23,7 @@ _MLP = {
     "gated": ("mlp.gate_proj", "mlp.up_proj"),
     "fused": ("mlp.gate_up_proj",),
     "plain": ("mlp.up_proj",),
+    "none": (),
 }
 _ROUTED = ((ROUTER,), STACKS[:2], STACKS[2:])
 _SHARING = ((ROUTER, SHARED_GATE, *SHARED[:2]), *_ROUTED[1:], SHARED[2:])
@@ -34,7 +35,8 @@ def layer_groups(shape: Shape, layer: int) -> list[tuple[str, ...]]:
     which they compute."""
     experts, wiring = shape.experts, shape.wiring
     if experts is None or layer not in experts.layers:
-        mlp: tuple[tuple[str, ...], ...] = (_MLP[wiring.mlp], ("mlp.down_proj",))
+        own = _MLP[wiring.mlp]
+        mlp: tuple[tuple[str, ...], ...] = (own, ("mlp.down_proj",)) if own else ()
     else:
         sharing = _SHARING if experts.shared_gate else _SHARING_ALL
         mlp = sharing if experts.shared_width else _ROUTED
@@ -129,6 +131,8 @@ class Graph:
         mixed = mixer.record(self, layer, groups[: mixing - 1], seen)
         if not wiring.parallel:
             self._linear_onto(mixed, o_names, block, wiring.attention_out_norm)
+            if not mlp_names:
+                return
             seen = self._normed(block, wiring.mlp_norm, h)
         else:
             # What the MLP sees is x before attention is added.

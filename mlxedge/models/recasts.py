@@ -78,9 +78,19 @@ class Scale:
 @dataclass(frozen=True)
 class Reshape:
     """The same elements in another shape, which ``there`` makes of ours; of small tensors, which
-    are read whole. The way back leads to the shape that the architecture expects."""
+    are read whole. The way back leads to the shape that the architecture expects. ``rows``: a
+    vector becomes a matrix of so many rows."""
 
-    there: Callable[[tuple[int, ...]], tuple[int, ...]]
+    there: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
+    rows: Callable[[Config], int] | None = None
+
+
+@dataclass(frozen=True)
+class ScaleRows:
+    """The world's rows are ours divided by ``factors(config, rows)``, f32 ``[rows]``. Codes cannot
+    follow, but where all factors are one."""
+
+    factors: Callable[[Config, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class Each:
     steps: tuple[tuple[Step, ...], ...]
 
 
-Step = Join | Split | Transpose | Values | Scale | Reshape | Stack | Each
+Step = Join | Split | Transpose | Values | Scale | Reshape | ScaleRows | Stack | Each
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
         raise UnsupportedModelError(f"config.json has no {missing.args[0]}") from None
     ropes = spec.ropes(config)
     mixers = spec.mixers(config)
+    experts = spec.experts.shape(config) if spec.experts else None
     kv_heads = int(config.get("num_key_value_heads") or heads)
     if heads % kv_heads:
         raise UnsupportedModelError(f"{heads} attention heads cannot share {kv_heads} of keys")
@@ -72,7 +73,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
         activation=activation,
         wiring=spec.wired(config),
         factors=spec.factors(config),
-        experts=spec.experts.shape(config) if spec.experts else None,
+        experts=experts if experts and experts.layers else None,
         mixing=mixing,
     )
 

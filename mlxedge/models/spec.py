@@ -103,7 +103,13 @@ class ModelSpec:
     windows: Callable[[Config], tuple[int, ...]]
     ropes: Callable[[Config], tuple[Rope | None, ...]]
     mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
+    #: Whether there is attention. Without, ``adopt`` gives the sizes of one that is not there.
+    attends: bool = True
     factors: Callable[[Config], Factors] = lambda config: Factors()
+    #: The architecture in GGUF of a model of a config, where that is another one.
+    archs: Callable[[Config], str | None] = lambda config: None
+    #: Whether mlx-lm computes what is meant from a Hugging Face folder, too.
+    mlx_reads_stored: bool = True
     hf_config: Callable[[Config], Config] = lambda config: config
     wiring: Wiring = PRE_NORM
     #: That of a config, where it differs.
@@ -146,6 +152,10 @@ class ModelSpec:
     @cached_property
     def _by_gguf(self) -> list[tuple[re.Pattern[str], Name]]:
         return [(_pattern(n.gguf), n) for n in self.names]
+
+    def arch_of(self, config: Config) -> str:
+        """The architecture that a GGUF file of this config says."""
+        return self.archs(config) or self.gguf_arch
 
     def to_gguf(self, hf_name: str) -> tuple[str, RowOrder] | None:
         """The GGUF name and row order of a Hugging Face tensor, or ``None`` if it is unknown."""
@@ -286,12 +296,14 @@ class ModelSpec:
         found: dict[str, tuple[int, ...]] = {}
         for name in self.names:
             if name.present(config):
-                shape = tuple(size[word] for word in name.shape)
                 layers: Collection[int] = range(config["num_hidden_layers"])
                 if name.layers is not None:
                     layers = sorted(name.layers(config))
                 elif "{i}" not in name.hf:
                     layers = (0,)
+                if not layers:
+                    continue  # without its mixer, words of its shape may stand for nothing
+                shape = tuple(size[word] for word in name.shape)
                 found |= {name.hf.format(i=i): shape for i in layers}
         return found
 

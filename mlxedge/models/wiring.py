@@ -44,7 +44,7 @@ class Wiring:
     - ``layer_norm``: LayerNorm, not RMSNorm; ``unit_norm``: weights are stored less one;
       ``bare_norm``: there are none; ``embedding_norm``: embeddings have one too.
     - ``activation``: what the runtimes compute, as configs call it; ``mlp``: the product of a gate
-      and up, those two in one matrix ("fused"), or none ("plain").
+      and up, those two in one matrix ("fused"), or up alone ("plain"); "none" for no MLP.
     - ``qkv_fused``: q, k and v are one matrix.
     - ``head_norm``: a norm of q and k, over each head, over all heads together ("width"), or over
       each head after the rotation ("last"); always RMSNorm but if ``layer_norm``.
@@ -63,7 +63,7 @@ class Wiring:
     bare_norm: bool = False
     embedding_norm: bool = False
     activation: str = "silu"
-    mlp: Literal["gated", "fused", "plain"] = "gated"
+    mlp: Literal["gated", "fused", "plain", "none"] = "gated"
     qkv_fused: bool = False
     head_norm: Literal["head", "width", "last"] | None = None
     neighbours: bool = False

@@ -24,6 +24,7 @@ from mlxedge.models.recasts import (
     Recast,
     Reshape,
     Scale,
+    ScaleRows,
     Split,
     Stack,
     Step,
@@ -334,7 +335,10 @@ def _mapped(change: Callable[[np.ndarray], np.ndarray], tensor: SourceTensor) ->
 
 def _reshape(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
     assert isinstance(step, Reshape)
-    return [_shaped(tensor, step.there(tensor.shape)) for tensor in tensors]
+    if step.rows is None:
+        return [_shaped(tensor, step.there(tensor.shape)) for tensor in tensors]
+    rows = step.rows(config)
+    return [_shaped(tensor, (rows, tensor.size // rows)) for tensor in tensors]
 
 
 def _shape_back(
@@ -354,6 +358,31 @@ def _shaped(tensor: SourceTensor, shape: Shape) -> SourceTensor:
         return {"weight": whole.reshape(made.rows, made.cols)[start:stop].copy()}
 
     return replace(made, read_rows=read, read_scales=None)
+
+
+def _scale_rows(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
+    assert isinstance(step, ScaleRows)
+    return [_scaled(tensor, 1 / step.factors(config, tensor.rows)) for tensor in tensors]
+
+
+def _scale_rows_back(
+    config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
+) -> list[SourceTensor]:
+    assert isinstance(step, ScaleRows)
+    return [_scaled(tensor, step.factors(config, tensor.rows)) for tensor in tensors]
+
+
+def _scaled(tensor: SourceTensor, factors: np.ndarray) -> SourceTensor:
+    """Each row times a number of its own."""
+    if (factors == 1).all():
+        return tensor
+    source = _decoded(tensor)
+
+    def read(start: int, stop: int) -> Parts:
+        values = source.read_rows(start, stop)["weight"]
+        return {"weight": values * factors[start:stop, None].astype(np.float32)}
+
+    return replace(source, read_rows=read)
 
 
 def _stack(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
@@ -424,6 +453,7 @@ _THERE: dict[type, Callable[[Config, Step, list[SourceTensor]], list[SourceTenso
     Values: _values,
     Scale: _scale,
     Reshape: _reshape,
+    ScaleRows: _scale_rows,
     Stack: _stack,
     Each: _each,
 }
@@ -434,6 +464,7 @@ _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list
     Values: _values_back,
     Scale: _scale_back,
     Reshape: _shape_back,
+    ScaleRows: _scale_rows_back,
     Stack: _unstack,
     Each: _each_back,
 }

@@ -12,6 +12,7 @@ from oracles import (
     architectures_fused,
     architectures_mla,
     architectures_moe,
+    architectures_recurrent,
 )
 from oracles.renamed import rename
 from oracles.stand_ins import STAND_INS, config_of, hub_config
@@ -184,7 +185,7 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {}
 for family in (
     *(architectures, architectures_dense, architectures_fused, architectures_mla),
-    architectures_moe,
+    *(architectures_moe, architectures_recurrent),
 ):
     OWN |= family.OWN
     SAVED |= family.SAVED
@@ -216,7 +217,7 @@ def write_checkpoint(
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
+            if name.endswith(("correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     if model_type in STAND_INS:

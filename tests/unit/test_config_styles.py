@@ -9,7 +9,7 @@ import pytest
 from oracles.checkpoints import OWN, SAVED, SIZES
 from oracles.stand_ins import config_of, hub_config
 
-from mlxedge.models import normalise, spec_for
+from mlxedge.models import normalise, spec_for, spec_for_gguf
 from mlxedge.models.shape import Shape, shape_of
 
 
@@ -61,7 +61,9 @@ def test_configs_come_back_from_metadata(name: str) -> None:
     config = saved_config(**SAVED[name])
     spec = spec_for(config)
     config = spec.settle(normalise(config, ["lm_head.weight"]))
-    back = spec.config_from_gguf(spec.gguf_metadata(config), spec.gguf_extra(config))
+    metadata = spec.gguf_metadata(config)
+    read = spec_for_gguf(spec.arch_of(config), metadata)
+    back = read.settle(normalise(read.config_from_gguf(metadata, spec.gguf_extra(config)), []))
     back |= {"tie_word_embeddings": config["tie_word_embeddings"]}
     assert _rounded(shape(back)) == _rounded(shape(config))
 

@@ -110,6 +110,7 @@ def test_equals_the_whole_model(name: str, tmp_path: Path) -> None:
 OTHERS = (
     *("gemma3_text", "granite", "phi3", "cohere2", "olmo2", "apertus", "ministral3", "phi"),
     *("gpt2", "gpt_neox", "gpt_bigcode", "internlm2", "bloom", "mpt"),
+    *("lfm2", "mamba", "mamba2", "granitemoehybrid", "nemotron_h", "falcon_h1", "jamba"),
     *("deepseek_v32", "minicpm3"),
 )
 

@@ -19,6 +19,7 @@ from mlxedge.models.recasts import (
     Recast,
     Reshape,
     Scale,
+    ScaleRows,
     Split,
     Stack,
     Step,
@@ -199,9 +200,28 @@ def test_values_and_shapes() -> None:
     )
     np.testing.assert_allclose(made, -np.exp(a_log)[:, None], rtol=1e-6)
     assert next(iter(out.values())).encoding == F32
+    norm = numbers(12)
+    (made,), _ = there_and_back((Reshape(rows=lambda config: 3),), [norm])
+    np.testing.assert_array_equal(made, norm.reshape(3, 4))
     conv = numbers(12, 1, 4)
     (made,), _ = there_and_back((Reshape(lambda s: (s[0], s[2], 1)),), [conv])
     np.testing.assert_array_equal(made, conv.reshape(12, 4, 1))
+
+
+def test_rows_are_scaled() -> None:
+    """As Falcon-H1's multipliers, which other worlds have in the weights."""
+
+    def factors(config: dict[str, Any], rows: int) -> np.ndarray:
+        return np.arange(1, rows + 1)
+
+    values = numbers(6, 5)
+    (made,), _ = there_and_back((ScaleRows(factors),), [values])
+    np.testing.assert_allclose(made, values / np.arange(1, 7)[:, None], rtol=1e-6)
+    encoding = GGML["q4_0"]
+    _, out = there_and_back(
+        (ScaleRows(lambda config, rows: np.ones(rows)),), [numbers(4, 32)], encodings=[encoding]
+    )
+    assert next(iter(out.values())).encoding == encoding
 
 
 def test_codes_stay_where_rows_only_move() -> None:
