@@ -61,6 +61,9 @@ OTHERS = (
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
     "minicpm3-unscaled",
+    "gemma4_text",
+    "gemma4_text-no-inputs-keys-as-values",
+    "gemma3n_text",
 )
 
 
