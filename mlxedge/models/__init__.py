@@ -30,9 +30,9 @@ __all__ = [
 
 #: Modules of this package that serve the architectures and are none themselves.
 _SHARED = {
-    *("decoder", "dense", "experts", "graph", "layout", "mixers", "names", "recasts", "rope"),
-    *("latent", "routed"),
-    *("rope_files", "shape", "spaces", "spec", "weights", "wiring"),
+    *("altup", "beside", "decoder", "dense", "experts", "graph", "latent", "layout", "mixers"),
+    *("names", "per_layer", "recasts", "rope", "rope_files", "routed", "shape", "sharing"),
+    *("spaces", "spec", "weights", "wiring"),
 }
 
 

@@ -101,13 +101,20 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Extend:
+    """Up to ``rows(config)`` rows, those that are missing copies of the first."""
+
+    rows: Callable[[Config], int]
+
+
+@dataclass(frozen=True)
 class Each:
     """Steps of its own for each of several tensors."""
 
     steps: tuple[tuple[Step, ...], ...]
 
 
-Step = Join | Split | Transpose | Values | Scale | Reshape | ScaleRows | Stack | Each
+Step = Join | Split | Transpose | Values | Scale | Reshape | ScaleRows | Stack | Extend | Each
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ class Recast:
     @property
     def keeps_columns(self) -> bool:
         """Whether what is made multiplies the same input."""
-        return all(isinstance(step, (Join, Split)) for step in self.steps)
+        return all(isinstance(step, (Join, Split, Extend)) for step in self.steps)
 
     def keeps(self, number: int) -> bool:
         """Whether the ``number``-th that is made multiplies the input of the first canonical one,

@@ -255,7 +255,7 @@ def _shape(spec: ModelSpec, config: dict[str, Any], written: gv.Metadata) -> lla
     return llama_cpp.Shape(
         layers=layers,
         gqa=heads // kv_heads if kv_heads else 0,
-        experts=config["num_experts"] if spec.experts else 0,
+        experts=config["num_experts"] if spec.experts and spec.experts.present(config) else 0,
         falcon=spec.gguf_arch == "falcon",
         is_70b=many and spec.gguf_arch in ("llama", "qwen2", "deci", "olmo"),
     )

@@ -125,6 +125,7 @@ def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) ->
     for key, tensor in _WITHOUT.items():
         if key in config:
             config[key] = bool(config[key]) or tensor not in names
+    config = spec.by_tensors(config, names)
     config["torch_dtype"] = _DTYPE_NAMES[_float_type(gguf)]
     for key, gguf_key in _SPECIAL_IDS.items():
         token = gguf.metadata.get(gguf_key)

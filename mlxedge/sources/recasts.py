@@ -20,6 +20,7 @@ from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.recasts import (
     Config,
     Each,
+    Extend,
     Join,
     Recast,
     Reshape,
@@ -82,6 +83,8 @@ def to_world(
         for number, (own, one) in enumerate(zip(others, made, strict=True)):
             like = names[0] if recast.keeps(number) else None
             found[f"{world}:{own}"] = replace(one, name=own, like=like)
+    for own, (shape, input_of) in spec.placeholders(config, world).items():
+        found[f"{world}:{own}"] = _zeros(own, shape, input_of)
     return found
 
 
@@ -408,6 +411,33 @@ def _unstack(
     return [replace(t, shape=(t.shape[0] * t.shape[1], t.shape[2])) for t in tensors]
 
 
+def _extend(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
+    assert isinstance(step, Extend)
+    return [_with_rows(tensor, step.rows(config)) for tensor in tensors]
+
+
+def _extend_back(
+    config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
+) -> list[SourceTensor]:
+    return [_with_rows(tensor, shape[0]) for tensor, shape in zip(tensors, shapes, strict=True)]
+
+
+def _with_rows(tensor: SourceTensor, rows: int) -> SourceTensor:
+    """A matrix of so many rows, those that it does not have copies of the first."""
+    own = tensor.shape[0]
+    if own == rows:
+        return tensor
+    index = np.concatenate([np.arange(min(own, rows)), np.zeros(max(0, rows - own), np.int64)])
+    return _Pieces([tensor], [own], index).tensor(tensor.name, (rows, tensor.shape[1]))
+
+
+def _zeros(name: str, shape: Shape, like: str | None) -> SourceTensor:
+    def read(start: int, stop: int) -> Parts:
+        return {"weight": np.zeros((stop - start, shape[-1]), np.float32)}
+
+    return SourceTensor(name, shape, F32, read, like=like)
+
+
 def _each(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
     assert isinstance(step, Each)
     made = []
@@ -455,6 +485,7 @@ _THERE: dict[type, Callable[[Config, Step, list[SourceTensor]], list[SourceTenso
     Reshape: _reshape,
     ScaleRows: _scale_rows,
     Stack: _stack,
+    Extend: _extend,
     Each: _each,
 }
 _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list[SourceTensor]]] = {
@@ -466,6 +497,7 @@ _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list
     Reshape: _shape_back,
     ScaleRows: _scale_rows_back,
     Stack: _unstack,
+    Extend: _extend_back,
     Each: _each_back,
 }
 

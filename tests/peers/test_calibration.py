@@ -68,6 +68,9 @@ OTHERS = (
     "mamba2",
     "granitemoehybrid-dense-tied",
     "minicpm3-unscaled",
+    "gemma4_text",
+    "gemma4_text-no-inputs-keys-as-values",
+    "gemma3n_text",
 )
 
 

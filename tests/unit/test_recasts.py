@@ -15,6 +15,7 @@ from mlxedge.errors import UnsupportedModelError
 from mlxedge.models import spec_for
 from mlxedge.models.recasts import (
     Each,
+    Extend,
     Join,
     Recast,
     Reshape,
@@ -48,6 +49,9 @@ class Spec:
 
     def expected(self, config: dict[str, Any]) -> dict[str, Shape]:
         return self._shapes
+
+    def placeholders(self, config: dict[str, Any], world: str) -> dict[str, Any]:
+        return {}
 
 
 def source(name: str, values: np.ndarray, encoding: Encoding = F32) -> SourceTensor:
@@ -117,6 +121,16 @@ def test_rows_are_joined(order: Any, sizes: Shape, lead: Shape) -> None:
     if order is not None:
         expected = expected[..., order(CONFIG, sizes), :]
     np.testing.assert_array_equal(joined, expected)
+
+
+@pytest.mark.parametrize("encoding", [F32, GGML["q8_0"]], ids=str)
+def test_rows_are_added(encoding: Encoding) -> None:
+    """Copies of the first, as they are encoded."""
+    values = numbers(6, 32)
+    (made,), tensors = there_and_back((Extend(lambda config: 9),), [values], encodings=[encoding])
+    assert {t.encoding for t in tensors.values()} == {encoding}
+    np.testing.assert_array_equal(made[6:], np.repeat(made[:1], 3, axis=0))
+    np.testing.assert_allclose(made[:6], values, atol=0.05)
 
 
 def test_heads_take_turns() -> None:
