@@ -172,7 +172,8 @@ class Dense:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if self.ropes is no_ropes:
             return config | missing
-        if config.get("rope_theta") is None and "rope_theta" not in rope:
+        told = isinstance(rope, Mapping) and "rope_theta" in rope
+        if config.get("rope_theta") is None and not told:
             missing |= {"rope_theta": self.theta}
         return config | missing
 
@@ -180,7 +181,22 @@ class Dense:
         if self.period and config.get("layer_types") is None:
             config = config | {"layer_types": layer_types(config, self.period)}
         config = self.settles(config)
-        return self.experts.settle(config) if self.experts else config
+        config = self.experts.settle(config) if self.experts else config
+        self._check_factors(config)
+        return config
+
+    def _check_factors(self, config: Config) -> None:
+        """Raise UnsupportedModelError where they are no finite numbers."""
+        try:
+            found = vars(self.factors(config)).values()
+            numbers = [n for one in found for n in (one if isinstance(one, tuple) else (one,))]
+            sane = all(number is None or math.isfinite(number) for number in numbers)
+        except (TypeError, ValueError, ArithmeticError):
+            sane = False
+        if not sane:
+            raise UnsupportedModelError(
+                "the config's numbers that scale, cap or clip activations make no sense"
+            )
 
     def gguf_metadata(self, config: Config) -> gv.Metadata:
         head_dim = config["head_dim"]
