@@ -82,7 +82,7 @@ def _factors(config: Config) -> Factors:
 
 
 def _check(config: Config, runtime: str) -> list[str]:
-    if config["attn_config"].get("softmax_scale") is None:
+    if runtime == "mlx" or config["attn_config"].get("softmax_scale") is None:
         return []
     return ["llama.cpp's mpt scales attention by the root of the heads' size (softmax_scale)"]
 
