@@ -44,7 +44,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 #: As DeepSeek-V2 and V3 have it: rotations are not scaled, scores are.
 _SCALED = {**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707}
-_ONE = {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 16.0}
+_ONE = {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 
 SAVED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"model_type": "deepseek_v2", "rope_parameters": _SCALED},
