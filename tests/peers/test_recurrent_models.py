@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from oracles.architectures_recurrent import SAVED
 from oracles.checkpoints import write_checkpoint
+from safetensors.numpy import load_file, save_file
 
 import mlxedge
 from mlxedge.errors import UsageError
@@ -80,3 +81,13 @@ def test_a_stream_goes_on_as_all_at_once(model: Model) -> None:
     said = [c.token for c in model.stream(TOKENS, max_tokens=8)]
     logits = model.logits([*TOKENS, *said])
     assert said == logits[len(TOKENS) - 1 : -1].argmax(-1).tolist()
+
+
+def test_all_within_a_module(tmp_path: Path) -> None:
+    """As the files of Codestral Mamba have it."""
+    plain = write_checkpoint(tmp_path / "plain", "mamba2")
+    within = write_checkpoint(tmp_path / "within", "mamba2")
+    weights = load_file(within / "model.safetensors")
+    save_file({f"model.{name}": w for name, w in weights.items()}, within / "model.safetensors")
+    found = [mlxedge.load(folder, engine="numpy").logits(TOKENS) for folder in (plain, within)]
+    np.testing.assert_array_equal(*found)

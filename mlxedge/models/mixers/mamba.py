@@ -64,25 +64,32 @@ def adopt(config: Config, called: Mapping[str, str], defaults: Mapping[str, Any]
 
 
 def names(layers: Callable[[Config], Collection[int]] | None = None) -> tuple[Name, ...]:
-    """Its tensors in those layers, or in all."""
+    """Its tensors in those layers, or in all. Those that GGUF has in another form have a name of
+    their own for the place."""
 
     def own(part: str, gguf: str, *shape: str, key: str = "", exact: bool = False) -> Name:
-        gguf = f"blk.{{i}}.{gguf}" if gguf else ""
         given = (lambda config: bool(config[key])) if key else (lambda config: True)
-        return Name(f"{_MODULE}{part}", gguf, shape, present=given, layers=layers, exact=exact)
+        return Name(
+            f"{_MODULE}{part}",
+            f"blk.{{i}}.{gguf}",
+            shape,
+            present=given,
+            layers=layers,
+            exact=exact,
+        )
 
     return (
         own("in_proj.weight", "ssm_in.weight", "ssm_in", "hidden"),
-        own("in_proj.bias", "", "ssm_in", key="mamba_proj_bias"),
-        own("conv1d.weight", "", "ssm_inner", "one", "ssm_width"),
+        own("in_proj.bias", "ssm_in.bias", "ssm_in", key="mamba_proj_bias"),
+        own("conv1d.weight", "ssm_conv1d.kernel", "ssm_inner", "one", "ssm_width"),
         own("conv1d.bias", "ssm_conv1d.bias", "ssm_inner", key="mamba_conv_bias"),
         own("x_proj.weight", "ssm_x.weight", "ssm_made", "ssm_inner"),
         own("dt_proj.weight", "ssm_dt.weight", "ssm_inner", "ssm_rank"),
         own("dt_proj.bias", "ssm_dt.bias", "ssm_inner", exact=True),
-        own("A_log", "", "ssm_inner", "ssm_size", exact=True),
+        own("A_log", "ssm_a.log", "ssm_inner", "ssm_size", exact=True),
         own("D", "ssm_d", "ssm_inner"),
         own("out_proj.weight", "ssm_out.weight", "hidden", "ssm_inner"),
-        own("out_proj.bias", "", "hidden", key="mamba_proj_bias"),
+        own("out_proj.bias", "ssm_out.bias", "hidden", key="mamba_proj_bias"),
     )
 
 

@@ -65,24 +65,31 @@ RECASTS = (
 
 
 def names(layers: Callable[[Config], Collection[int]] | None = None) -> tuple[Name, ...]:
-    """Its tensors in those layers, or in all."""
+    """Its tensors in those layers, or in all. Those that GGUF has in another form have a name of
+    their own for the place."""
 
     def own(part: str, gguf: str, *shape: str, key: str = "", exact: bool = False) -> Name:
-        gguf = f"blk.{{i}}.{gguf}" if gguf else ""
         given = (lambda config: bool(config[key])) if key else (lambda config: True)
-        return Name(f"{_MODULE}{part}", gguf, shape, present=given, layers=layers, exact=exact)
+        return Name(
+            f"{_MODULE}{part}",
+            f"blk.{{i}}.{gguf}",
+            shape,
+            present=given,
+            layers=layers,
+            exact=exact,
+        )
 
     return (
         own("in_proj.weight", "ssm_in.weight", "ssm_in", "hidden"),
-        own("in_proj.bias", "", "ssm_in", key="mamba_proj_bias"),
-        own("conv1d.weight", "", "ssm_conv", "one", "ssm_width"),
+        own("in_proj.bias", "ssm_in.bias", "ssm_in", key="mamba_proj_bias"),
+        own("conv1d.weight", "ssm_conv1d.kernel", "ssm_conv", "one", "ssm_width"),
         own("conv1d.bias", "ssm_conv1d.bias", "ssm_conv", key="mamba_conv_bias"),
         own("dt_bias", "ssm_dt.bias", "ssm_heads", exact=True),
-        own("A_log", "", "ssm_heads", exact=True),
-        own("D", "", "ssm_heads"),
-        own("norm.weight", "", "ssm_inner"),
+        own("A_log", "ssm_a.log", "ssm_heads", exact=True),
+        own("D", "ssm_d.vector", "ssm_heads"),
+        own("norm.weight", "ssm_norm.vector", "ssm_inner"),
         own("out_proj.weight", "ssm_out.weight", "hidden", "ssm_inner"),
-        own("out_proj.bias", "", "hidden", key="mamba_proj_bias"),
+        own("out_proj.bias", "ssm_out.bias", "hidden", key="mamba_proj_bias"),
     )
 
 

@@ -33,16 +33,17 @@ RECASTS = (
 
 
 def names(layers: Callable[[Config], Collection[int]]) -> tuple[Name, ...]:
-    """Its tensors in those layers; biases if ``conv_bias``."""
+    """Its tensors in those layers; biases if ``conv_bias``. The kernel, which GGUF has in another
+    form, has a name of its own for the place."""
     made = []
-    for module, gguf, rows, cols in (
-        (_CONV, "", "hidden", ("one", "conv_width")),
-        (_IN[0], "in_proj", "conv_in", ("hidden",)),
-        (_OUT[0], "out_proj", "hidden", ("hidden",)),
+    for module, leaf, rows, cols in (
+        ("conv", "kernel", "hidden", ("one", "conv_width")),
+        ("in_proj", "weight", "conv_in", ("hidden",)),
+        ("out_proj", "weight", "hidden", ("hidden",)),
     ):
-        own = f"blk.{{i}}.shortconv.{gguf}.weight" if gguf else ""
-        made.append(Name(f"{_BLOCK}{module}.weight", own, (rows, *cols), layers=layers))
-        made.append(Name(f"{_BLOCK}{module}.bias", "", (rows,), present=_biased, layers=layers))
+        hf, gguf = f"{_BLOCK}conv.{module}", f"blk.{{i}}.shortconv.{module}"
+        made.append(Name(f"{hf}.weight", f"{gguf}.{leaf}", (rows, *cols), layers=layers))
+        made.append(Name(f"{hf}.bias", f"{gguf}.bias", (rows,), present=_biased, layers=layers))
     return tuple(made)
 
 
