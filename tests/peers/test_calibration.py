@@ -148,7 +148,9 @@ def test_sums_and_hessians(name: str, tmp_path: Path) -> None:
             assert (np.abs(one.hessians[0] - hessian) / size).max() < 1e-4
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v32"])
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v32", "gemma4_text"]
+)
 def test_each_expert_has_sums_and_a_hessian(model_type: str, tmp_path: Path) -> None:
     """Against what a watch of the layers sees, summed here; and what does not go through experts
     against transformers."""
@@ -156,6 +158,9 @@ def test_each_expert_has_sums_and_a_hessian(model_type: str, tmp_path: Path) -> 
     settings = {counts.get(model_type, "num_experts"): 24, "num_experts_per_tok": 1}
     if model_type == "deepseek_v32":
         settings |= {"first_k_dense_replace": 0, "norm_topk_prob": False}
+    if model_type == "gemma4_text":
+        own = {"enable_moe_block": True, "top_k_experts": 1, "moe_intermediate_size": 64}
+        settings = {"num_experts": 24, "hidden_size_per_layer_input": 0, **own}
     folder = write_checkpoint(tmp_path / "model", model_type, **settings)
     expected = inputs_by_transformers(folder, IDS)
     inputs: dict[tuple[str, int], list[np.ndarray]] = {}
