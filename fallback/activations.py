@@ -12,8 +12,10 @@ from mlxedge.fallback.tiles import exp
 
 #: As steps know them; the GELUs are the exact one and Hendrycks and Gimpel's with a hyperbolic
 #: tangent (arXiv 1606.08415), "relu2" is the square of ReLU, "xielu" that of arXiv 2411.13010;
-#: "sigmoid" is for gates.
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "xielu": 4, "sigmoid": 5}
+#: "sigmoid" is for gates, "none" leaves values as they are.
+ACTIVATIONS = {
+    **{"none": -1, "silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "xielu": 4, "sigmoid": 5}
+}
 _GELU_TANH, _GELU, _RELU2, _XIELU, _SIGMOID = (
     ACTIVATIONS[n] for n in ("gelu_tanh", "gelu", "relu2", "xielu", "sigmoid")
 )
@@ -63,6 +65,8 @@ def _xielu(v: Any, numbers: int) -> Any:
 def activate(kind: int, v: Any, numbers: int) -> Any:
     """The activation ``kind`` of each lane; ``numbers`` is the address of those f32 that it has of
     its own, if any."""
+    if kind < 0:
+        return v
     if kind == _GELU_TANH:
         # x · (1 + tanh u) / 2 = x / (1 + exp(-2u))
         return v / (exp((v * v * v * _CUBIC + v) * -_STEEP) + _ONE)

@@ -52,8 +52,8 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 (
     NUMBER, Q, K, V, OUT, SLOT, HEADS, KV_HEADS, HEAD_DIM, ROTATED, Q_NORM, K_NORM, EPSILON,
     SCALE, WINDOW, CAP, ROPE, NEIGHBOURS, NORM, NORM_ROW, VALUE_DIM, ROTATED_FROM, SINKS, KEPT,
-    SLOPES,
-) = (8 * i for i in range(1, 26))  # fmt: skip
+    SLOPES, PLACED,
+) = (8 * i for i in range(1, 27))  # fmt: skip
 #: What the field NORM adds up: LayerNorm instead of RMSNorm, and after the rotation.
 LAYER_NORM, NORM_LAST = 1, 2
 
@@ -109,7 +109,7 @@ def _keep(step: int, frame: int, thread: int) -> None:
     table = get_i64(frame + KV) + 16 * get_i64(step + SLOT)
     keys, values = get_i64(table), get_i64(table + 8)
     q_norm, k_norm = get_i64(step + Q_NORM), get_i64(step + K_NORM)
-    norm_row = get_i64(step + NORM_ROW)
+    norm_row, placed = get_i64(step + NORM_ROW), get_i64(step + PLACED)
     tables = get_i64(frame + ROPES) + 16 * get_i64(step + ROPE)
     cosines, sines = get_i64(tables), get_i64(tables + 8)
     every = heads + 2 * kv_heads
@@ -125,7 +125,8 @@ def _keep(step: int, frame: int, thread: int) -> None:
             h -= heads
             buffer = frame + get_i64(step + K)
             p = get_i64(buffer + BUFFER) + i * get_i64(buffer + BUFFER_ROW) + 4 * size * h
-            _place(p, k_norm + norm_row * h, step, cos, sin)
+            if placed == 0:
+                _place(p, k_norm + norm_row * h, step, cos, sin)
             block = h * (capacity // 16) + position // 16
             out = keys + 64 * size * block + 4 * (position % 16)
             for d in range(size):

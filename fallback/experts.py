@@ -146,7 +146,9 @@ def put_i64(b: Any, p: Any, value: Any) -> Any:
 
 # Fields of a step, after the function's address.
 _X, _CHOICE, _NUMBER, _EXPERTS, _TOP_K = (8 * i for i in range(1, 6))
-_SCORE, _NORMALISE, _SCALE, _BIAS, _GROUPS, _MOST_GROUPS, _BEST = (8 * i for i in range(6, 13))
+_SCORE, _NORMALISE, _SCALE, _BIAS, _GROUPS, _MOST_GROUPS, _BEST, _EACH = (
+    8 * i for i in range(6, 14)
+)
 _GRAIN, _COUNT, _PARTS = (8 * i for i in range(6, 9))
 _OTHER, _ADD = 8 * 6, 8 * 7
 #: Per matrix of a product: its address, rows of an expert, output buffer, bias or 0.
@@ -266,6 +268,7 @@ def _route(step: int, frame: int, thread: int) -> None:
     experts, top_k = get_i64(step + _EXPERTS), get_i64(step + _TOP_K)
     score, normalise = get_i64(step + _SCORE), get_i64(step + _NORMALISE)
     scale, bias = get_f32(step + _SCALE), get_i64(step + _BIAS)
+    each = get_i64(step + _EACH)
     groups, top_groups = get_i64(step + _GROUPS), get_i64(step + _MOST_GROUPS)
     stored = (experts + LANES - 1) // LANES * LANES
     scores = get_i64(frame + SCRATCH) + thread * get_i64(frame + SCRATCH_BYTES)
@@ -301,7 +304,10 @@ def _route(step: int, frame: int, thread: int) -> None:
                 every += get_f32(chosen + 4 * k)
             factor = scale / (every + _TINY)
         for k in range(top_k):
-            put_f32(weights + 4 * (i * top_k + k), get_f32(chosen + 4 * k) * factor)
+            weight = get_f32(chosen + 4 * k) * factor
+            if each != 0:
+                weight *= get_f32(each + 4 * get_i64(ids + 8 * k))
+            put_f32(weights + 4 * (i * top_k + k), weight)
     counter = get_i64(frame + COUNTERS) + 8 * get_i64(step + _NUMBER)
     if fetch_add(counter, 1) == threads - 1:
         _sort(memory, experts, top_k, n)

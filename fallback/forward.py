@@ -105,11 +105,12 @@ class Runner:
         self._table_addresses = np.zeros((max(1, len(ropes)), 2), np.int64)
         self._scratch = np.zeros(0, np.uint8)
         self._lock = threading.Lock()
+        self._columns = [b for b in tape.buffers if b.within is not None]
         # A tile reads whole rows of positions and of heads beyond the last.
         self._memory = {
             b.number: aligned((rows * b.slots + _PADDING, b.stored))
             for b in tape.buffers
-            if b != result
+            if b != result and b.within is None
         } | {c.number: np.zeros(c.cells(rows), np.int64) for c in tape.choices}
 
     def run(self, tokens: np.ndarray, start: int, cache: Cache, results: int) -> np.ndarray:
@@ -201,6 +202,11 @@ class Runner:
         tokens: np.ndarray, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         n = int(frame[fr.N // 8])
+        arrays = arrays | {
+            b.number: arrays[b.within][:, b.start : b.start + b.stored]
+            for b in self._columns
+            if b.within is not None
+        }
         self._place(frame, arrays)
         for segment in segments:
             if len(segment.steps):

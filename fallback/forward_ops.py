@@ -43,7 +43,7 @@ from mlxedge.fallback.tiles import (
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 # Fields of a step, after the function's address.
-_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH, _BIASES = (8 * i for i in range(1, 8))
+_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH, _BIASES, _PIECES = (8 * i for i in range(1, 9))
 _X, _GRAIN, _NUMBER, _COUNT, _PARTS = (8 * i for i in range(1, 6))
 #: Per matrix of a linear step: its address, rows, output buffer, bias or 0, buffer to add to or 0.
 PART_FIELDS = 5
@@ -51,26 +51,31 @@ _MATRIX, _ROWS, _OUT, _BIAS, _SUM = (8 * i for i in range(PART_FIELDS))
 
 
 def _embed(step: int, frame: int, thread: int) -> None:
-    """Decode the rows of the tokens, or of their positions."""
+    """Decode the rows of the tokens, or of their positions; the first one for tokens that the table
+    does not have."""
     matrix, buffer = get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
+    rows = get_i64(step + _FOURTH)
     out, out_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     tokens, by_position = get_i64(frame + TOKENS), get_i64(step + _THIRD)
     for i in range(thread, get_i64(frame + N), get_i64(frame + THREADS)):
         token = get_i64(frame + START) + i if by_position else get_i64(tokens + 8 * i)
+        if token >= rows:
+            token = 0
         call_6(get_i64(matrix + KERNEL), matrix, token, token + 1, 0, out + i * out_row, out_row)
 
 
 def _norm(step: int, frame: int, thread: int) -> None:
     """RMSNorm, x · weight / sqrt(mean(x²) + ε), or LayerNorm, which is that of x - mean(x) and adds
-    a bias, if there is one."""
+    a bias, if there is one; of each piece of a row by itself."""
     buffer, to = frame + get_i64(step + _FIRST), frame + get_i64(step + _SECOND)
     x, x_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     out, out_row = get_i64(to + BUFFER), get_i64(to + BUFFER_ROW)
     weight, cols = get_i64(step + _THIRD), get_i64(step + _FOURTH)
     epsilon, centred, bias = get_f32(step + _FIFTH), get_i64(step + _SIXTH), get_i64(step + _BIASES)
-    stop = (cols + LANES - 1) // LANES * 64
-    for i in range(thread, get_i64(frame + N), get_i64(frame + THREADS)):
-        p, o = x + i * x_row, out + i * out_row
+    stop, pieces = (cols + LANES - 1) // LANES * 64, get_i64(step + _PIECES)
+    for unit in range(thread, get_i64(frame + N) * pieces, get_i64(frame + THREADS)):
+        i, first = unit // pieces, unit % pieces * stop
+        p, o = x + i * x_row + first, out + i * out_row + first
         mean = _ZERO
         if centred:
             sums = zeros()
@@ -142,17 +147,22 @@ def _add(step: int, frame: int, thread: int) -> None:
 
 def _scale(step: int, frame: int, thread: int) -> None:
     """x · factor, and then cap · tanh(x / cap) if there is a cap. All rows are one array: those of
-    a result do not end with whole vectors."""
+    a result do not end with whole vectors. Of columns of a buffer the vectors of a row are told."""
     buffer = frame + get_i64(step + _FIRST)
     x, row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
-    vectors = (get_i64(frame + N) * row + 63) // 64
+    each, vectors = get_i64(step + _FOURTH), (get_i64(frame + N) * row + 63) // 64
+    if each == 0:
+        each, row = vectors, 0
+    else:
+        vectors = get_i64(frame + N) * each
     factor, cap = get_f32(step + _SECOND), get_f32(step + _THIRD)
     threads = get_i64(frame + THREADS)
     for unit in range(thread * vectors // threads, (thread + 1) * vectors // threads):
-        v = load_f32(x + 64 * unit) * factor
+        p = x + unit // each * row + unit % each * 64
+        v = load_f32(p) * factor
         if cap > _ZERO:
             v = tanh(v * (_ONE / cap)) * cap
-        store_f32(x + 64 * unit, v)
+        store_f32(p, v)
 
 
 def _clip(step: int, frame: int, thread: int) -> None:

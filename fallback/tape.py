@@ -14,7 +14,7 @@ import numpy as np
 
 from mlxedge.encodings import F32
 from mlxedge.errors import UsageError
-from mlxedge.fallback import attention
+from mlxedge.fallback import attention, causal_conv
 from mlxedge.fallback import frame as fr
 from mlxedge.fallback.activations import ACTIVATIONS
 from mlxedge.fallback.experts import (
@@ -31,6 +31,8 @@ from mlxedge.fallback.forward_ops import PART_FIELDS, grain, scratch_bytes, step
 from mlxedge.fallback.lanes import LANES
 from mlxedge.fallback.latent import unfold_kernel
 from mlxedge.fallback.linear import Matrix
+from mlxedge.fallback.recurrent import RecurrentSteps
+from mlxedge.fallback.streams import stream_kernel
 
 #: Matrices that fit the fields of one step, after the function's address and the five of a linear.
 _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
@@ -38,7 +40,7 @@ _MOST_PARTS = (fr.STEP_FIELDS - 6) // PART_FIELDS
 #: How a router's logits become scores: see :meth:`Tape.route`.
 Score = Literal["softmax", "sigmoid", "softmax_top"]
 #: See :mod:`mlxedge.fallback.activations`.
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu", "sigmoid"]
+Activation = Literal["none", "silu", "gelu_tanh", "gelu", "relu2", "xielu", "sigmoid"]
 #: Called with a tap's name, what its buffer holds (f32 ``[n, width]``, to be read at once), and
 #: which expert of how many that is for: 0 of 1, but for the taps of experts.
 Watch = Callable[[Any, np.ndarray, int, int], None]
@@ -61,11 +63,14 @@ def _bits(value: float) -> int:
 @dataclass(frozen=True)
 class Buffer:
     """Activations of a tape: f32 ``[positions · slots, width]``, with one row for each position or
-    as many as experts serve it. ``offset`` is its place in a frame."""
+    as many as experts serve it. ``offset`` is its place in a frame. One that has no memory of its
+    own is the columns from ``start`` on of the buffer whose number is ``within``."""
 
     number: int
     width: int
     slots: int = 1
+    within: int | None = None
+    start: int = 0
 
     @property
     def offset(self) -> int:
@@ -126,14 +131,15 @@ class Hosted(Protocol):
 
 @dataclass(frozen=True)
 class HostedEmbed:
-    """Rows of a table whose format has no kernel."""
+    """Rows of a table whose format has no kernel, as the step "embed" takes them."""
 
     table: Matrix
     out: Buffer
 
     def run(self, arrays: Arrays, tokens: np.ndarray, n: int, watch: Watch | None) -> None:
         for row, token in zip(arrays[self.out.number], tokens.tolist(), strict=False):
-            row[: self.table.cols] = self.table.decode(token, token + 1)[0]
+            known = token if token < self.table.rows else 0
+            row[: self.table.cols] = self.table.decode(known, known + 1)[0]
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ class HostedProduct:
             arrays[product.add_to.number][:n, :rows] += out
 
 
-class Tape:
+class Tape(RecurrentSteps):
     """The steps of a forward pass, recorded in order.
 
     Everything recorded stays alive as long as the tape. Vectors (weights of norms, biases) are f32.
@@ -190,6 +196,20 @@ class Tape:
         self.buffers.append(made)
         return made
 
+    def columns(self, whole: Buffer, start: int, width: int) -> Buffer:
+        """Some columns of a buffer, as a buffer. Steps work on whole vectors, so nothing else may
+        be in those up to the next multiple of sixteen.
+
+        Raises UsageError if they do not begin with a vector, or are not there.
+        """
+        made = Buffer(self.places, width, within=whole.number, start=start)
+        if whole.within is not None or whole.slots != 1:
+            raise UsageError("columns of what is no plain buffer")
+        if start % LANES or start < 0 or start + made.stored > whole.stored:
+            raise UsageError(f"columns {start} to {start + width} of {whole.width}")
+        self.buffers.append(made)
+        return made
+
     def choice(self, experts: int, top_k: int) -> Choice:
         """Memory for the choice of ``top_k`` of ``experts``, which layers use in turn."""
         if not 0 < top_k <= experts:
@@ -217,7 +237,8 @@ class Tape:
     def embed(
         self, table: Matrix, out: Buffer, of: Literal["tokens", "positions"] = "tokens"
     ) -> None:
-        """out = the rows of the tokens, or of their positions, which all have one."""
+        """out = the rows of the tokens, or of their positions, which all have one; of tokens that
+        the table does not have the first one."""
         if not table.compiled and of == "positions":
             # What Python does is told tokens alone.
             table = Matrix({"weight": table.decode()}, F32, table.rows, table.cols)
@@ -225,7 +246,8 @@ class Tape:
         if not table.compiled:
             self._host(HostedEmbed(table, out))
             return
-        self._record(step_kernel("embed"), table.address, out.offset, int(of == "positions"))
+        fields = table.address, out.offset, int(of == "positions"), table.rows
+        self._record(step_kernel("embed"), *fields)
 
     def norm(
         self,
@@ -236,10 +258,18 @@ class Tape:
         *,
         centred: bool = False,
         bias: np.ndarray | None = None,
+        pieces: int = 1,
     ) -> None:
-        """out = RMSNorm(x) · weight + bias, or LayerNorm if ``centred``; x may be out."""
-        fields = x.offset, out.offset, self._vector(weight), x.width, _bits(epsilon)
-        self._record(step_kernel("norm"), *fields, int(centred), self._vector(bias))
+        """out = RMSNorm(x) · weight + bias, or LayerNorm if ``centred``; x may be out. Rows are of
+        so many ``pieces``, each with a norm of its own and the same weights.
+
+        Raises UsageError for pieces that are not whole vectors.
+        """
+        width = x.width // pieces
+        if pieces > 1 and (width * pieces != x.width or width % LANES):
+            raise UsageError(f"{pieces} pieces of {x.width} columns are not whole vectors")
+        fields = x.offset, out.offset, self._vector(weight), width, _bits(epsilon)
+        self._record(step_kernel("norm"), *fields, int(centred), self._vector(bias), pieces)
 
     def tap(self, name: Any, x: Buffer) -> None:
         """Let who walks the tape look at ``x`` as it is now."""
@@ -287,7 +317,38 @@ class Tape:
 
     def scale(self, x: Buffer, factor: float, cap: float = 0.0) -> None:
         """x = factor · x, and then cap · tanh(x / cap) if ``cap`` is not zero."""
-        self._record(step_kernel("scale"), x.offset, _bits(factor), _bits(cap))
+        vectors = 0 if x.within is None else x.stored // LANES
+        self._record(step_kernel("scale"), x.offset, _bits(factor), _bits(cap), vectors)
+
+    def mix(self, base: Buffer, x: Buffer, factors: Buffer, out: Buffer, pieces: int) -> None:
+        """out_i = base_i + Σ_j factors[i, j] · x_j, where ``out`` and ``base`` are so many pieces
+        of whole vectors side by side, ``x`` one or several, and a row of ``factors`` is
+        ``[pieces, pieces of x]``; base may be out.
+
+        Raises UsageError if they do not fit.
+        """
+        width, inputs = out.stored // pieces, factors.width // pieces
+        fits = width * pieces == out.stored == base.stored and width * inputs == x.stored
+        if width % LANES or factors.width != pieces * inputs or not fits:
+            raise UsageError(
+                f"{pieces} pieces of {out.width} columns cannot be mixed of {x.width} columns by "
+                f"{factors.width} factors"
+            )
+        offsets = out.offset, base.offset, x.offset, factors.offset
+        self._record(stream_kernel("mix"), *offsets, width // LANES, pieces, inputs)
+
+    def match(self, x: Buffer, like: Buffer) -> None:
+        """x, scaled to the root mean square of ``like``."""
+        self._record(stream_kernel("match"), x.offset, like.offset, x.width)
+
+    def cut(self, x: Buffer, deviations: float) -> None:
+        """x = max(0, x - the mean of its row - so many of its standard deviations)."""
+        self._record(stream_kernel("cut"), x.offset, x.width, _bits(deviations))
+
+    def multiply(self, x: Buffer, weight: np.ndarray, out: Buffer) -> None:
+        """out = x · weight, of each column its own; x may be out."""
+        vectors = x.stored // LANES
+        self._record(stream_kernel("multiply"), x.offset, out.offset, self._vector(weight), vectors)
 
     def clip(self, x: Buffer, limit: float) -> None:
         """x = x within ± ``limit``, for every position."""
@@ -312,6 +373,7 @@ class Tape:
         groups: int = 1,
         top_groups: int = 1,
         group_best: int = 2,
+        each: np.ndarray | None = None,
     ) -> None:
         """Choose experts by the router's ``logits`` ``[positions, experts]``.
 
@@ -319,7 +381,8 @@ class Tape:
         and gpt-oss) the logits, whose softmax over the chosen ones alone becomes their weights. The
         ``top_k`` with the highest score + ``bias`` (f32 ``[experts]``) are chosen; the bias does
         nothing else, and of equal ones the lower index goes first. ``normalise`` divides the chosen
-        scores by their sum + 1e-20, then ``scale`` multiplies them.
+        scores by their sum + 1e-20, then ``scale`` multiplies them, and what an expert has in
+        ``each`` (f32 ``[experts]``).
 
         With ``groups`` > 1, of equal numbers of neighbouring experts, the choice is among those of
         ``top_groups`` only: the best by the sum of their ``group_best`` highest score + bias: two
@@ -340,11 +403,12 @@ class Tape:
             raise UsageError(
                 f"groups of {experts // groups} cannot be compared by their best {group_best}"
             )
-        if bias is not None and bias.size != experts:
-            raise UsageError(f"a bias of {bias.size} for {experts} experts")
+        for given in (bias, each):
+            if given is not None and given.size != experts:
+                raise UsageError(f"a bias of {given.size} for {experts} experts")
         self._scratch = max(self._scratch, route_scratch_bytes(experts))
         fields = [SCORES[score], int(normalise), _bits(scale), self._vector(bias)]
-        fields += [groups, top_groups, group_best]
+        fields += [groups, top_groups, group_best, self._vector(each)]
         self._expert_step("route", logits, choice, *fields)
 
     def gather(self, x: Buffer, choice: Choice, out: Buffer) -> None:
@@ -422,6 +486,7 @@ class Tape:
         sinks: np.ndarray | None = None,
         slopes: np.ndarray | None = None,
         slot: int | None = None,
+        placed: bool = False,
     ) -> int:
         """out = attention of the rotated ``q`` to everything in the cache of a new layer, whose
         slot is returned; or to that of an earlier one, its ``slot``, where ``k`` and ``v`` are not
@@ -435,7 +500,8 @@ class Tape:
         for all, or of each. A ``window`` > 0 hides all but that many last positions, and a ``cap``
         > 0 makes scores cap · tanh(score / cap). ``sinks`` f32 ``[heads]`` are scores of nothing,
         which take their share of the softmax; from scores ``slopes`` f32 ``[heads]`` take so much
-        for each position between (ALiBi, arXiv 2108.12409).
+        for each position between (ALiBi, arXiv 2108.12409). Afterwards ``k`` holds what was kept;
+        ``placed`` says that it does so before, and only ``q`` is normalised and rotated.
         """
         value_dim = head_dim if value_dim is None else value_dim
         kept = slot is None
@@ -450,7 +516,7 @@ class Tape:
         shared += [value_dim, 4 * rotated_from, self._vector(sinks), kv_heads if kept else 0]
         if slopes is not None:
             slopes = np.concatenate([np.arange(LANES, dtype=np.float32), slopes])
-        shared.append(self._vector(slopes))
+        shared += [self._vector(slopes), int(placed)]
         self._record(attention.keep_kernel(), len(self._steps), *shared)
         self._record(attention.attend_kernel(), len(self._steps), *shared)
         return slot
@@ -476,6 +542,31 @@ class Tape:
     def state(self, cells: int) -> int:
         """The slot of a new recurrent layer, which keeps ``cells`` f32."""
         return self._slot(State(cells))
+
+    def causal_conv(
+        self,
+        x: Buffer,
+        out: Buffer,
+        weight: np.ndarray,
+        *,
+        bias: np.ndarray | None = None,
+        activation: Activation = "silu",
+    ) -> int:
+        """out = activation(the convolution of each channel of ``x`` with its row of ``weight``,
+        f32 ``[channels, width]``, the last of which is for the position itself, + bias); x may be
+        out. Returns the slot of its state.
+
+        Raises UsageError for weights that are not of as many channels as x and out.
+        """
+        channels, width = weight.shape
+        if not x.width == out.width == channels or (bias is not None and bias.size != channels):
+            raise UsageError(f"a convolution of {channels} channels for {x.width} to {out.width}")
+        slot = self.state(causal_conv.state_cells(channels, width))
+        self._scratch = max(self._scratch, causal_conv.scratch_bytes(width))
+        vectors = self._vector(causal_conv.packed(weight)), self._vector(bias)
+        shared = x.offset, out.offset, slot, x.stored // LANES, width
+        self._record(causal_conv.conv_kernel(), *shared, *vectors, ACTIVATIONS[activation])
+        return slot
 
     def _slot(self, slot: KeyValues | State) -> int:
         self.slots.append(slot)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.engines.base import check_tokens
 from mlxedge.errors import TokenizerError, UsageError
+from mlxedge.models import known_model_types, spec_for
 from mlxedge.models.shape import shape_of
 from mlxedge.ops import default_backend
 from mlxedge.prepare import check_weights, prepare
@@ -309,6 +310,11 @@ def _choose(checkpoint: Checkpoint, asked: str | None) -> str:
             raise UsageError(f"unknown engine {asked!r}: choose from {', '.join(ENGINES)}")
         return asked
     folder = checkpoint.origin.kind in ("hf", "mlx")
+    if (
+        checkpoint.origin.kind == "hf"
+        and checkpoint.config.get("model_type") in known_model_types()
+    ):
+        folder = spec_for(checkpoint.config).mlx_reads_stored
     return default_backend() if folder else "numpy"
 
 

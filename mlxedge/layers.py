@@ -26,7 +26,7 @@ import numpy as np
 
 from mlxedge.errors import BadWeightsError, DiskFullError, OutputError, UsageError
 from mlxedge.models.decoder import CHUNK
-from mlxedge.models.graph import POSITIONS, TABLE, Graph
+from mlxedge.models.graph import POSITIONS, Graph, tables
 from mlxedge.models.shape import shape_of
 from mlxedge.models.weights import Weights
 from mlxedge.ops import load_forward
@@ -136,27 +136,39 @@ class LayerRunner(AbstractContextManager["LayerRunner"]):
         self._weights = Weights(checkpoint, self._ops)
         self._rows = min(CHUNK, shape.context)
         self.done = 0
-        self.states = HiddenStates(self.sequences, self.length, shape.hidden, folder, memory_bytes)
+        self.states = HiddenStates(self.sequences, self.length, shape.stream, folder, memory_bytes)
         self.threads = threads or self._ops.available_threads()
         self._team = self._ops.Team(self.threads)
         self._embedded = False
 
     def restore(self, done: int, states: Callable[[int], np.ndarray]) -> None:
-        """Go on after ``done`` layers, from hidden states f32 ``[length, hidden]`` by sequence."""
+        """Go on after ``done`` layers, from hidden states f32 ``[length, columns]`` of the stream,
+        by sequence."""
         for index in range(self.sequences):
             self.states.write(index, states(index))
         self.done, self._embedded = done, True
 
     def step(self, watch: Watch | None = None, progress: ProgressHook | None = None) -> None:
         """Take all sequences through the next layer."""
-        self._embed()
+        self._embed(watch)
         graph = Graph(self.shape, self._weights, self._ops, tapped=watch is not None)
         graph.block(self.done)
-        runner, cache = graph.runner(self._team, self._rows), graph.cache()
-        for index in range(self.sequences):
+
+        def told(index: int) -> None:
             if progress:
                 steps = self.done * self.sequences + index
                 progress(steps, self.shape.layers * self.sequences, f"layer {self.done}")
+
+        self._advance(graph, watch, told)
+        self.done += 1
+
+    def _advance(
+        self, graph: Graph, watch: Watch | None, told: Callable[[int], None] = lambda index: None
+    ) -> None:
+        """Take all sequences through what a graph holds; ``told`` is called before each."""
+        runner, cache = graph.runner(self._team, self._rows), graph.cache()
+        for index in range(self.sequences):
+            told(index)
             states = self.states.read(index)
             for first in range(0, self.length, self._rows):
                 runner.advance(states[first : first + self._rows], first, cache, watch)
@@ -166,7 +178,6 @@ class LayerRunner(AbstractContextManager["LayerRunner"]):
                     "not finite, so its weights are damaged or out of range"
                 )
             self.states.write(index, states)
-        self.done += 1
 
     def run(self, watch: Watch | None = None, progress: ProgressHook | None = None) -> None:
         """Take all sequences through the layers that are left."""
@@ -235,35 +246,56 @@ class LayerRunner(AbstractContextManager["LayerRunner"]):
     ) -> None:
         self.close()
 
-    def _embed(self) -> None:
-        """The rows of the tokens, read where they stand: the table is never held."""
+    def _embed(self, watch: Watch | None = None) -> None:
+        """The rows of the tokens, and what the first layer sees of them."""
         if self._embedded:
             return
-        shape = self.shape
-        tensor = self._weights.tensor(TABLE, (shape.vocab, shape.hidden))
         used = np.unique(self._ids)
+        kinds = [
+            (columns, self._rows_of(name, columns, used, factor))
+            for name, columns, factor in tables(self.shape)
+        ]
+        positions: np.ndarray | float = 0.0
+        if POSITIONS in self._weights:
+            hidden = self.shape.hidden
+            tensor = self._weights.tensor(POSITIONS, (self.shape.context, hidden))
+            parts = tensor.read_rows(0, self.length)
+            positions = self._ops.Matrix(parts, tensor.encoding, self.length, hidden).decode()
+        for index, tokens in enumerate(self._ids):
+            places = np.searchsorted(used, tokens)
+            states = np.zeros((self.length, self.shape.stream), np.float32)
+            for columns, rows in kinds:
+                start, width = self.shape.columns[columns]
+                states[:, start : start + width] = rows[places]
+            states[:, : self.shape.hidden] += positions
+            self.states.write(index, states)
+        graph = Graph(self.shape, self._weights, self._ops, tapped=watch is not None)
+        graph.prelude()
+        if graph.tape.length:
+            self._advance(graph, watch)
+        self._embedded = True
+
+    def _rows_of(self, name: str, columns: str, used: np.ndarray, factor: float) -> np.ndarray:
+        """Rows ``used`` of a table, read where they stand: it is never held."""
+        _, width = self.shape.columns[columns]
+        rows = self._weights.tensor(name).rows if columns != "x" else self.shape.vocab
+        tensor = self._weights.tensor(name, (rows, width))
+        own = np.where(used < tensor.rows, used, 0)  # as the step "embed" does
+        used, places = np.unique(own, return_inverse=True)
         slab = max(1, _SLAB_BYTES // max(1, tensor.nbytes // tensor.rows))
         # A group ends where the next token is far, or where the slab is full.
         cuts = [0]
         for i in range(1, len(used)):
             if used[i] - used[i - 1] > _NEAR or used[i] - used[cuts[-1]] >= slab:
                 cuts.append(i)
-        rows = np.empty((len(used), shape.hidden), np.float32)
+        found = np.empty((len(used), width), np.float32)
         for start, stop in zip(cuts, [*cuts[1:], len(used)], strict=True):
             first, last = int(used[start]), int(used[stop - 1]) + 1
             parts = tensor.read_rows(first, last)
-            matrix = self._ops.Matrix(parts, tensor.encoding, last - first, shape.hidden)
-            rows[start:stop] = matrix.decode()[used[start:stop] - first]
-        rows *= np.float32(shape.factors.embedding)
-        positions: np.ndarray | float = 0.0
-        if POSITIONS in self._weights:
-            tensor = self._weights.tensor(POSITIONS, (shape.context, shape.hidden))
-            parts = tensor.read_rows(0, self.length)
-            matrix = self._ops.Matrix(parts, tensor.encoding, self.length, shape.hidden)
-            positions = matrix.decode()
-        for index, tokens in enumerate(self._ids):
-            self.states.write(index, rows[np.searchsorted(used, tokens)] + positions)
-        self._embedded = True
+            matrix = self._ops.Matrix(parts, tensor.encoding, last - first, width)
+            found[start:stop] = matrix.decode()[used[start:stop] - first]
+        found *= np.float32(factor)
+        return found[places]
 
 
 def _check(ids: np.ndarray, vocab: int, context: int) -> None:

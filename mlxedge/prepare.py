@@ -31,11 +31,15 @@ def prepare(checkpoint: Checkpoint) -> tuple[ModelSpec, Checkpoint]:
     checkpoint = text_part(checkpoint)
     spec = spec_for(checkpoint.config)
     config = spec.settle(normalise(checkpoint.config, checkpoint.tensors))
+    unused = {name for name in checkpoint.tensors if spec.unused(name, config)}
+    if unused:
+        note = f"{len(unused)} tensors that nothing computes with are left out"
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     ahead = {name for name in checkpoint.tensors if spec.predicts(name, checkpoint.config)}
     if ahead:
         note = f"{len(ahead)} tensors of layers that predict further tokens are left out"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
-    kept = _canonical(spec, checkpoint, ahead)
+    kept = _canonical(spec, checkpoint, ahead | unused)
     kept = from_world(spec, config, kept, WORLDS[checkpoint.origin.kind])
     head, table = kept.get("lm_head.weight"), kept.get("model.embed_tokens.weight")
     if config["tie_word_embeddings"] and head is not None:

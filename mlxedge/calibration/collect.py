@@ -18,7 +18,7 @@ from mlxedge.calibration.statistics import Calibration, Statistics
 from mlxedge.calibration.texts import Sample
 from mlxedge.errors import BadWeightsError
 from mlxedge.layers import LayerRunner, ProgressHook
-from mlxedge.models.graph import head_name, layer_groups
+from mlxedge.models.graph import head_name, layer_groups, postlude_groups, prelude_groups
 from mlxedge.models.shape import shape_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def input_groups(checkpoint: Checkpoint) -> list[tuple[str, ...]]:
     embedding that it is tied to, comes last. ``checkpoint`` is a prepared one."""
     shape = shape_of(checkpoint.config)
     groups = [group for layer in range(shape.layers) for group in layer_groups(shape, layer)]
-    return [*groups, (head_name(checkpoint.tensors),)]
+    after = [*postlude_groups(shape), (head_name(checkpoint.tensors),)]
+    return [*prelude_groups(shape), *groups, *after]
 
 
 def collect(
@@ -78,7 +79,7 @@ def collect(
             yield from _handed_over(collect_layer(runner, hessians, progress))
         if kept is not None:
             kept.keep(runner)
-        yield collect_head(runner, hessians)
+        yield from _handed_over(collect_head(runner, hessians))
         if progress:
             total = runner.shape.layers * runner.sequences
             progress(total, total, "")
@@ -115,11 +116,11 @@ def collect_layer(
     return seen.finish(f"{runner.checkpoint.origin.path}: the activations of layer {layer}")
 
 
-def collect_head(runner: LayerRunner, hessians: bool | Wanted = False) -> Collected:
-    """After the last layer: of the head's input."""
+def collect_head(runner: LayerRunner, hessians: bool | Wanted = False) -> list[Collected]:
+    """After the last layer: of the head's input last."""
     seen = _Seen(hessians)
     runner.watch_head(seen)
-    return seen.finish(f"{runner.checkpoint.origin.path}: the activations before the head")[0]
+    return seen.finish(f"{runner.checkpoint.origin.path}: the activations before the head")
 
 
 def _handed_over(found: list[Collected]) -> Iterator[Collected]:

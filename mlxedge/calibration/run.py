@@ -31,6 +31,7 @@ from mlxedge.calibration.store import (
 from mlxedge.calibration.texts import Sample, sample
 from mlxedge.errors import MlxedgeError, OutputError
 from mlxedge.layers import LayerRunner, ProgressHook
+from mlxedge.models.shape import shape_of
 from mlxedge.outputs.staging import check_target, lock_partial, os_errors, partial_dir
 from mlxedge.prepare import check_weights, prepare
 from mlxedge.version import VERSION
@@ -136,7 +137,7 @@ def _collect(
             del found
         head = collect_head(runner, hessians)
         with os_errors(run.out):
-            write_layer(run.layer(None), [head], run.about)
+            write_layer(run.layer(None), head, run.about)
         if progress:
             total = runner.shape.layers * runner.sequences
             progress(total, total, "")
@@ -156,7 +157,7 @@ class _Run:
         self._published = False
         self._layers_dir = self.dir / "layers"
         self._hessians = hessians
-        self._states_bytes = 4 * taken.ids.size * int(checkpoint.config["hidden_size"])
+        self._states_bytes = 4 * taken.ids.size * shape_of(checkpoint.config).stream
         self.about = {
             "model": model_fingerprint(checkpoint, taken.context),
             "text": taken.text,

@@ -1,6 +1,7 @@
 """Hidden states after some layers of a model, in files ``states-K.bin``, so that a run can go on.
 
-f32 ``[sequences, length, hidden]``, little-endian, K the layers that they have been through.
+f32 ``[sequences, length, columns of the stream]``, little-endian, K the layers that they have been
+through.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from mlxedge.models.graph import prelude_groups
 
 if TYPE_CHECKING:
     from mlxedge.layers import LayerRunner
@@ -32,7 +35,7 @@ def states_files(folder: Path, nbytes: int) -> dict[int, Path]:
 
 
 def states_bytes(runner: LayerRunner) -> int:
-    return 4 * runner.sequences * runner.length * runner.shape.hidden
+    return 4 * runner.sequences * runner.length * runner.shape.stream
 
 
 def write_states(folder: Path, runner: LayerRunner, keep: int = 1) -> None:
@@ -51,7 +54,7 @@ def write_states(folder: Path, runner: LayerRunner, keep: int = 1) -> None:
 
 def restore_states(folder: Path, runner: LayerRunner, done: int) -> None:
     """Let a runner go on after ``done`` layers."""
-    shape = runner.length, runner.shape.hidden
+    shape = runner.length, runner.shape.stream
     with (folder / f"states-{done}.bin").open("rb") as file:
 
         def states(index: int) -> np.ndarray:
@@ -94,4 +97,6 @@ class KeptStates:
         """The first layer that has something to encode; the number of layers for the head."""
         layers = (re.search(r"\.layers\.(\d+)\.", name) for name in self._wanted)
         numbers = [int(found[1]) for found in layers if found]
+        if any(self._wanted & {*group} for group in prelude_groups(runner.shape)):
+            numbers.append(0)
         return min(numbers, default=runner.shape.layers)

@@ -70,12 +70,13 @@ def model_fingerprint(checkpoint: Checkpoint, context: int) -> str:
 
 
 #: What the shapes of tensors tell, and what makes no difference below the context.
-_NOT_SETTINGS = ("hidden", "layers", "intermediate", "vocab", "context")
+_NOT_SETTINGS = ("hidden", "layers", "intermediate", "widths", "vocab", "context")
 #: Of the rotary settings those that a type has a use for, beside theta and fraction.
 _ROPE = {
     "default": (),
     "dynamic": (),
     "linear": ("factor",),
+    "proportional": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position"),
     "yarn": (
         "factor", "beta_fast", "beta_slow", "truncate", "attention_factor",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.engines.base import About, check_tokens
 from mlxedge.errors import BackendError, UsageError
-from mlxedge.models import spec_for
+from mlxedge.models import normalise, spec_for
 from mlxedge.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ def on_processor() -> bool:
 
 @dataclass
 class MlxState:
-    """mlx-lm's cache of a sequence. ``length`` counts what may be relied on."""
+    """mlx-lm's cache of a sequence. ``length`` counts what may be relied on, ``held`` what may be
+    in the cache at most."""
 
     cache: list[Any]
     length: int = 0
+    held: int = 0
 
 
 class MlxLmEngine:
@@ -59,9 +61,15 @@ class MlxLmEngine:
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.utils import load_model
 
-        config = checkpoint.config
+        spec = spec_for(checkpoint.config)
+        if checkpoint.origin.kind == "hf" and not spec.mlx_reads_stored:
+            raise UsageError(
+                f"mlx-lm reads {spec.model_type} right from an MLX folder only: convert "
+                f"{checkpoint.origin.path} first (mlxedge convert … --to mlx:4bit), or use engine "
+                "numpy"
+            )
         # mlx-lm reads one style of rope settings only; what it is given has both.
-        config = spec_for(config).mlx_config(config)
+        config = spec.mlx_config(spec.settle(normalise(checkpoint.config, checkpoint.tensors)))
         try:
             self._model, _ = load_model(checkpoint.origin.path, model_config=config)
         except Exception as error:
@@ -75,7 +83,9 @@ class MlxLmEngine:
     def truncate(self, state: MlxState, length: int) -> None:
         from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-        held = max((int(getattr(c, "offset", 0)) for c in state.cache), default=0)
+        # States of recurrent layers do not tell how many positions they have seen.
+        told = [int(c.offset) for c in state.cache if hasattr(c, "offset")]
+        held = max(told, default=state.held)
         state.length = min(state.length, length)
         if held == state.length:
             return
@@ -83,7 +93,7 @@ class MlxLmEngine:
             trim_prompt_cache(state.cache, held - state.length)
         else:
             # A cache that has turned over has lost what would have to come back.
-            state.cache, state.length = self._make_cache(self._model), 0
+            state.cache, state.length, state.held = self._make_cache(self._model), 0, 0
 
     def run(self, tokens: Sequence[int], state: MlxState, results: int) -> np.ndarray:
         import mlx.core as mx
@@ -95,7 +105,7 @@ class MlxLmEngine:
         for first in range(0, len(tokens), _CHUNK):
             piece = list(tokens[first : first + _CHUNK])
             logits = self._model(mx.array([piece]), cache=state.cache)[0]
-            state.length += len(piece)
+            state.length = state.held = state.length + len(piece)
             wanted = min(max(first + len(piece) - first_result, 0), len(piece))
             # The cache's arrays are part of what must be computed now.
             mx.eval(logits, [c.state for c in state.cache])
@@ -111,6 +121,7 @@ class MlxLmEngine:
         from mlx_lm.sample_utils import make_sampler
 
         check_tokens(tokens, self._vocab, state.length, self._context)
+        state.held = state.length + len(tokens) + most
         if sampling.seed is not None:
             mx.random.seed(sampling.seed)
         sampler = make_sampler(

@@ -30,9 +30,9 @@ __all__ = [
 
 #: Modules of this package that serve the architectures and are none themselves.
 _SHARED = {
-    *("decoder", "dense", "experts", "graph", "layout", "mixers", "names", "recasts", "rope"),
-    *("latent", "routed"),
-    *("rope_files", "shape", "spec", "weights", "wiring"),
+    *("altup", "beside", "decoder", "dense", "experts", "graph", "latent", "layout", "mixers"),
+    *("names", "per_layer", "recasts", "rope", "rope_files", "routed", "shape", "sharing"),
+    *("spaces", "spec", "weights", "wiring"),
 }
 
 
@@ -92,20 +92,8 @@ def normalise(config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, 
     if wrong:
         given = ", ".join(f"{key} ({str(config.get(key, 'absent'))[:40]!r})" for key in wrong)
         raise UnsupportedModelError(f"the config needs positive whole numbers for {given}")
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    kv_heads = config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-    if heads % kv_heads:
-        raise UnsupportedModelError(
-            f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
-        )
-    if config.get("head_dim") is None and hidden % heads:
-        raise UnsupportedModelError(
-            f"hidden_size ({hidden}) does not divide into {heads} attention heads, "
-            "and the config has no head_dim"
-        )
-    config["head_dim"] = config.get("head_dim") or hidden // heads
-    if config["head_dim"] % 2:
-        raise UnsupportedModelError(f"head_dim ({config['head_dim']}) is odd: rotation needs pairs")
+    if spec.attends:
+        _settle_heads(config)
     epsilon = config.get(spec.epsilon)
     config[spec.epsilon] = epsilon = 1e-6 if epsilon is None else epsilon
     if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
@@ -121,6 +109,24 @@ def normalise(config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, 
         tied = "lm_head.weight" not in set(tensor_names)
     config["tie_word_embeddings"] = bool(tied)
     return config
+
+
+def _settle_heads(config: dict[str, Any]) -> None:
+    """Spell out what is known of attention."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    kv_heads = config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise UnsupportedModelError(
+            f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
+        )
+    if config.get("head_dim") is None and hidden % heads:
+        raise UnsupportedModelError(
+            f"hidden_size ({hidden}) does not divide into {heads} attention heads, "
+            "and the config has no head_dim"
+        )
+    config["head_dim"] = config.get("head_dim") or hidden // heads
+    if config["head_dim"] % 2:
+        raise UnsupportedModelError(f"head_dim ({config['head_dim']}) is odd: rotation needs pairs")
 
 
 _SIZES = (

@@ -38,6 +38,7 @@ class Decoder:
         self.rows = min(CHUNK, shape.context)
         self._graph = graph = Graph(shape, weights, ops)
         table = graph.embed()
+        graph.prelude()
         for layer in range(shape.layers):
             graph.block(layer)
         logits = graph.head(table)

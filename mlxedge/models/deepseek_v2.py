@@ -12,6 +12,7 @@ from mlxedge.models.dense import Get
 from mlxedge.models.experts import Experts
 from mlxedge.models.rope import Rope, rope_settings
 from mlxedge.models.rope_files import both_styles
+from mlxedge.models.routed import SOFTMAX
 from mlxedge.models.spec import Config
 
 EXPERTS = Experts(
@@ -72,7 +73,7 @@ def _mlx(config: Config) -> Config:
 def _metadata(config: Config) -> gv.Metadata:
     """Groups that are all chosen from are none."""
     return latent.deepseek2_metadata(config) | {
-        "expert_gating_func": gv.u32(deepseek_v3.SOFTMAX),
+        "expert_gating_func": gv.u32(SOFTMAX),
         "expert_group_count": gv.u32(1),
         "expert_group_used_count": gv.u32(1),
     }

@@ -12,27 +12,25 @@ from typing import Any
 from mlxedge import gguf_values as gv
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models import latent
-from mlxedge.models.dense import Dense, Get, Key
+from mlxedge.models.dense import Dense, Get
 from mlxedge.models.experts import Experts
 from mlxedge.models.names import names
 from mlxedge.models.rope import rope_settings
 from mlxedge.models.rope_files import both_styles
-from mlxedge.models.spec import PREDICTING, Config, Name
+from mlxedge.models.routed import (
+    EXPERTS,
+    KEYS,
+    SHARED_EXPERTS,
+    SIGMOID,
+    after_dense,
+    normalised,
+    one_expert,
+)
+from mlxedge.models.routed import metadata as score_metadata
+from mlxedge.models.spec import Config, Name
 from mlxedge.models.wiring import Wiring
 
-EXPERTS = Experts(
-    shared_width="shared_expert_intermediate_size",
-    score="sigmoid",
-    scale="routed_scaling_factor",
-    bias=True,
-    shared_gate=False,
-    plain_router=True,
-    groups=("n_group", "topk_group"),
-)
 WIRING = Wiring(neighbours=True)
-#: llama.cpp's numbers for how scores are made.
-SOFTMAX, SIGMOID = 1, 2
-_COUNTS = {"n_routed_experts": 1, "n_shared_experts": 1, "first_k_dense_replace": 0}
 #: The sizes that transformers takes where a config is silent.
 SIZES = {
     "q_lora_rank": 1536,
@@ -43,47 +41,20 @@ SIZES = {
 }
 #: What all models of the family have.
 FIXED: dict[str, Any] = {"attention_bias": False, "moe_layer_freq": 1}
-KEYS = (
-    Key("n_shared_experts", "expert_shared_count", "u32", 1),
-    Key("first_k_dense_replace", "leading_dense_block_count", "u32", 0),
-    Key("routed_scaling_factor", "expert_weights_scale", default=1.0),
-    Key("n_group", "expert_group_count", "u32", 1),
-    Key("topk_group", "expert_group_used_count", "u32", 1),
-)
 
 
 def tensors(experts: Experts) -> tuple[Name, ...]:
-    shared = {
-        f"mlp.shared_expert.{part}_proj": f"mlp.shared_experts.{part}_proj"
-        for part in ("gate", "up", "down")
-    }
-    return latent.latent_names(names(WIRING, experts=experts, called=shared))
+    return latent.latent_names(names(WIRING, experts=experts, called=SHARED_EXPERTS))
 
 
 def settle_experts(config: Config) -> Config:
     """With the keys that mixtures of experts are read from."""
     latent.check_sizes(config)
-    wrong = [
-        key
-        for key, least in _COUNTS.items()
-        if type(config.get(key)) is not int or not least <= config[key] < 1 << 24
-    ]
-    if wrong:
-        raise UnsupportedModelError(f"the config needs whole numbers for {', '.join(wrong)}")
     if config.get("moe_layer_freq", 1) != 1:
         raise UnsupportedModelError(
             f"{config['model_type']} with moe_layer_freq is not supported: transformers ignores it"
         )
-    dense = min(config["first_k_dense_replace"], config["num_hidden_layers"])
-    return config | {
-        "num_experts": config["n_routed_experts"],
-        "shared_expert_intermediate_size": (
-            (config.get("moe_intermediate_size") or 0) * config["n_shared_experts"]
-        ),
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(dense)),
-        **{key: 0 for key in PREDICTING if key in config},
-    }
+    return after_dense(config)
 
 
 def settle(config: Config) -> Config:
@@ -133,9 +104,7 @@ def check(config: Config, runtime: str) -> list[str]:
         found.append("the runtimes rotate neighbouring dimensions alone (rope_interleave: false)")
     if runtime == "gguf":
         return found + gguf_objections(config)
-    if config["num_experts_per_tok"] == 1 and config["norm_topk_prob"]:
-        found.append("mlx-lm does not normalise the score of one expert (norm_topk_prob)")
-    return found
+    return found + one_expert(config, runtime)
 
 
 def gguf_objections(config: Config) -> list[str]:
@@ -152,14 +121,7 @@ def gguf_objections(config: Config) -> list[str]:
 
 
 def metadata(config: Config) -> gv.Metadata:
-    """llama.cpp takes groups of which some are left out, or none."""
-    values = latent.deepseek2_metadata(config) | {
-        "expert_gating_func": gv.u32(SIGMOID),
-        "expert_weights_norm": gv.boolean(config["norm_topk_prob"]),
-    }
-    if config["n_group"] == config["topk_group"]:
-        values |= {"expert_group_count": gv.u32(1), "expert_group_used_count": gv.u32(1)}
-    return values
+    return latent.deepseek2_metadata(config) | score_metadata(config)
 
 
 def mlx(config: Config) -> Config:
@@ -169,10 +131,7 @@ def mlx(config: Config) -> Config:
 def back(config: Config, get: Get) -> Config:
     """``n_routed_experts`` is what transformers and mlx-lm call their number."""
     config = latent.yarn_from_gguf(latent.sizes_from_gguf(config, get), get)
-    return config | {
-        "n_routed_experts": config["num_experts"],
-        "norm_topk_prob": bool(get("expert_weights_norm", False)),
-    }
+    return config | {"n_routed_experts": config["num_experts"], **normalised(get)}
 
 
 #: Of GLM-4.7-Flash, whose files have nothing else that tells.

@@ -77,7 +77,7 @@ SPEC = replace(
     arch="deepseek32",
     names=(*deepseek_v3.DENSE.names, *_NAMES),
     mixers=lambda config: ("indexed_mla",) * int(config["num_hidden_layers"]),
-    keys=(*deepseek_v3.KEYS, *_KEYS),
+    keys=(*deepseek_v3.DENSE.keys, *_KEYS),
     defaults={
         **deepseek_v3.DENSE.defaults,
         **{"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048},

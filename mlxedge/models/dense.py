@@ -7,7 +7,7 @@ conversion/llama.py, as vendored by llama-cpp-python 0.3.36.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,11 +26,29 @@ from mlxedge.models.rope_files import (
     rope_values,
     shortest,
 )
-from mlxedge.models.spec import Config, ModelSpec, Name, attention_everywhere
-from mlxedge.models.wiring import ACTIVATIONS, NAMES, PRE_NORM, Factors, Wiring, activation_name
+from mlxedge.models.spec import (
+    Config,
+    ModelSpec,
+    Name,
+    Placeholders,
+    attention_everywhere,
+    heads_everywhere,
+    one_width,
+)
+from mlxedge.models.wiring import (
+    ACTIVATIONS,
+    NAMES,
+    PRE_NORM,
+    Factors,
+    Heads,
+    Wiring,
+    activation_name,
+)
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from mlxedge.models.altup import AltUp
 
 
 def no_windows(config: Config) -> tuple[int, ...]:
@@ -80,13 +98,15 @@ class Dense:
     - ``rounds_ramp``: the runtimes round the ends of yarn's ramp where the model does not, and are
       what everybody runs it with: it is said and not refused.
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
+    - ``archs``: see ``ModelSpec``.
     - ``nearly``: what the runtimes compute nearly, as configs call it: GGUF then says which it is.
     - ``lacks``: the runtimes that do not have it; ``wires``: a config's wiring, where it differs.
     - ``yarn_told``: the runtimes that can be told yarn's attention factor.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``unties``: whether mlx-lm gets a tied table twice, as it needs a head of its own.
-    - ``recasts``, ``spellings``: see ``ModelSpec``; ``buffers``: patterns of names of
-      tensors that files hold beside the weights.
+    - ``recasts``, ``spellings``, ``heads``, ``widths``, ``per_layer``, ``altup``, ``sparsity``,
+      ``words``, ``unused``, ``by_tensors``, ``placeholders``: see ``ModelSpec``; ``buffers``:
+      patterns of names of tensors that files hold beside the weights.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
 
@@ -95,6 +115,7 @@ class Dense:
     arch: str
     names: tuple[Name, ...]
     fixed: Mapping[str, Any]
+    archs: Callable[[Config], str | None] = lambda config: None
     freq_factors: bool = False
     head_dim_free: bool = True
     experts: Experts | None = None
@@ -105,6 +126,15 @@ class Dense:
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
     mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
+    heads: Callable[[Config], tuple[Heads, ...]] = heads_everywhere
+    widths: Callable[[Config], tuple[int, ...]] = one_width
+    per_layer: Callable[[Config], int] = lambda config: 0
+    altup: Callable[[Config], AltUp | None] = lambda config: None
+    sparsity: Callable[[Config], tuple[float, ...]] = lambda config: ()
+    words: Callable[[Config], dict[str, int]] = lambda config: {}
+    placeholders: Callable[[Config, str], Placeholders] = lambda config, world: {}
+    unused: Callable[[str, Config], bool] = lambda name, config: False
+    by_tensors: Callable[[Config, Container[str]], Config] = lambda config, names: config
     ropes: Callable[[Config], tuple[Rope | None, ...]] = one_rope
     epsilon: str = "rms_norm_eps"
     theta: float = DEFAULT_THETA
@@ -138,6 +168,7 @@ class Dense:
             model_type=self.model_type,
             architecture=self.architecture,
             gguf_arch=self.arch,
+            archs=self.archs,
             names=self.names,
             gguf_metadata=self.gguf_metadata,
             gguf_extra=self.gguf_extra,
@@ -150,6 +181,15 @@ class Dense:
             windows=self.windows,
             ropes=self.ropes,
             mixers=self.mixers,
+            heads=self.heads,
+            widths=self.widths,
+            per_layer=self.per_layer,
+            altup=self.altup,
+            sparsity=self.sparsity,
+            words=self.words,
+            placeholders=self.placeholders,
+            unused=self.unused,
+            by_tensors=self.by_tensors,
             factors=self.factors,
             wiring=self.wiring,
             wires=self.wires,
@@ -172,7 +212,8 @@ class Dense:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if self.ropes is no_ropes:
             return config | missing
-        if config.get("rope_theta") is None and "rope_theta" not in rope:
+        told = isinstance(rope, Mapping) and "rope_theta" in rope
+        if config.get("rope_theta") is None and not told:
             missing |= {"rope_theta": self.theta}
         return config | missing
 
@@ -180,25 +221,40 @@ class Dense:
         if self.period and config.get("layer_types") is None:
             config = config | {"layer_types": layer_types(config, self.period)}
         config = self.settles(config)
-        return self.experts.settle(config) if self.experts else config
+        config = self.experts.settle(config) if self.experts else config
+        self._check_factors(config)
+        return config
+
+    def _check_factors(self, config: Config) -> None:
+        """Raise UnsupportedModelError where they are no finite numbers."""
+        try:
+            found = vars(self.factors(config)).values()
+            numbers = [n for one in found for n in (one if isinstance(one, tuple) else (one,))]
+            sane = all(number is None or math.isfinite(number) for number in numbers)
+        except (TypeError, ValueError, ArithmeticError):
+            sane = False
+        if not sane:
+            raise UnsupportedModelError(
+                "the config's numbers that scale, cap or clip activations make no sense"
+            )
 
     def gguf_metadata(self, config: Config) -> gv.Metadata:
-        head_dim = config["head_dim"]
-        rope = self._rope(config)
+        rope, heads = self._rope(config)
+        kv_heads, widths = [h.kv for h in self.heads(config)], self.widths(config)
         values = {
             "block_count": gv.u32(config["num_hidden_layers"]),
             "context_length": gv.u32(_context(config, self.window(config, "gguf"))),
             "embedding_length": gv.u32(config["hidden_size"]),
-            "feed_forward_length": gv.u32(config["intermediate_size"]),
+            "feed_forward_length": _one_or_all(widths),
             "attention.head_count": gv.u32(config["num_attention_heads"]),
-            "attention.head_count_kv": gv.u32(config["num_key_value_heads"]),
-            "attention.key_length": gv.u32(head_dim),
-            "attention.value_length": gv.u32(head_dim),
+            "attention.head_count_kv": _one_or_all(kv_heads),
+            "attention.key_length": gv.u32(heads.size),
+            "attention.value_length": gv.u32(heads.size),
             self._epsilon_key: gv.f32(config[self.epsilon]),
             "vocab_size": gv.u32(config["vocab_size"]),
         }
         if self.ropes is not no_ropes:
-            values["rope.dimension_count"] = gv.u32(rope.dims(head_dim))
+            values["rope.dimension_count"] = gv.u32(rope.dims(heads.size))
             values["rope.freq_base"] = gv.f32(rope.theta)
         for key in self.keys:
             value = config.get(key.config)
@@ -211,25 +267,28 @@ class Dense:
                 values["attention.sliding_window_pattern"] = gv.array("bool", pattern)
         if self.nearly:
             values["hidden_activation"] = gv.string(activation_name(config, self.wiring))
-        if self.experts is not None:
+        if self.experts is not None and self.experts.present(config):
             keys = _expert_keys(self.experts)
             values |= {gguf_key: gv.u32(config[key]) for key, gguf_key in keys.items()}
         values |= rope_metadata(rope) | self.gguf(config)
-        return {f"{self.arch}.{k}": v for k, v in values.items()}
+        arch = self.archs(config) or self.arch
+        return {f"{arch}.{k}": v for k, v in values.items()}
 
     @property
     def _epsilon_key(self) -> str:
         kind = "layer_norm_epsilon" if self.wiring.layer_norm else "layer_norm_rms_epsilon"
         return f"attention.{kind}"
 
-    def _rope(self, config: Config) -> Rope:
-        """That of the layers that attend to everything, where they differ."""
-        pairs = zip(self.ropes(config), self.windows(config), strict=True)
-        found = [(window, rope) for rope, window in pairs if rope is not None]
-        return min(found, key=lambda one: one[0], default=(0, Rope()))[1]
+    def _rope(self, config: Config) -> tuple[Rope, Heads]:
+        """Those of the layers that attend to everything, where they differ."""
+        heads = self.heads(config)
+        triples = zip(self.windows(config), self.ropes(config), heads, strict=True)
+        found = [(window, rope, own) for window, rope, own in triples if rope is not None]
+        return min(found, key=lambda one: one[0], default=(0, Rope(), heads[0]))[1:]
 
     def gguf_extra(self, config: Config) -> dict[str, np.ndarray]:
-        return rope_tensors(self._rope(config), config["head_dim"])
+        rope, heads = self._rope(config)
+        return rope_tensors(rope, heads.size)
 
     def config_from_gguf(
         self, metadata: Mapping[str, gv.GgufValue], extra: Mapping[str, np.ndarray]
@@ -239,7 +298,7 @@ class Dense:
             return default if found is None else found.value
 
         def need(key: str) -> int:
-            value = get(key)
+            value = _first(get(key))
             if not isinstance(value, int) or value <= 0:
                 raise UnsupportedModelError(
                     f"the GGUF metadata lacks a positive {self.arch}.{key}: the file is incomplete"
@@ -262,7 +321,7 @@ class Dense:
             "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv") or heads,
+            "num_key_value_heads": _first(get("attention.head_count_kv")) or heads,
             "head_dim": head_dim,
             "max_position_embeddings": get("context_length", 2048),
             self.epsilon: shortest(get(self._epsilon_key, 1e-6)),
@@ -298,7 +357,7 @@ class Dense:
     def mlx_config(self, config: Config) -> Config:
         """mlx-lm reads ``rope_theta`` and ``rope_scaling`` only (0.32.2), so both styles are
         written; its defaults differ from transformers', so nothing is left to them."""
-        rope = self._rope(config)
+        rope, _ = self._rope(config)
         values = rope_values(rope)
         made = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling")}
         made |= {k: v for k, v in self.fixed.items() if k not in made}
@@ -325,13 +384,13 @@ class Dense:
         if runtime in self.lacks:
             lacking = f"{NAMES[runtime]} does not have this architecture ({self.model_type})"
             return self.check(config, runtime) or [lacking]
-        rope = self._rope(config)
+        rope, heads = self._rope(config)
         found = list(self.check(config, runtime))
         name = activation_name(config, self.wiring)
         computed = {ACTIVATIONS[own] for own in (self.wiring.activation, *self.nearly)}
         if ACTIVATIONS.get(name) not in computed:
             found.append(f"hidden_act {name[:40]!r} is not {self.wiring.activation}")
-        if rope.fraction != 1.0 and not self.wiring.partial:
+        if rope.dims(heads.size) != heads.size and not self.wiring.partial:
             found.append("partial rotary embeddings are not part of this architecture")
         tied = config["tie_word_embeddings"]
         if self.tied.get(runtime, tied) != tied:
@@ -349,13 +408,24 @@ class Dense:
 
     def all_notes(self, config: Config, runtime: str) -> list[str]:
         found = list(self.notes(config, runtime))
-        rope = self._rope(config)
+        rope, _ = self._rope(config)
         if self.rounds_ramp and rope.type == "yarn" and not rope.truncate:
             found.append(
                 f"{NAMES[runtime]} rounds the ends of yarn's ramp, as in every file of this "
                 "architecture, where the model does not (truncate: false)"
             )
         return found
+
+
+def _one_or_all(values: Sequence[int]) -> gv.GgufValue:
+    """A number of all layers alike, or one for each."""
+    return gv.u32(values[0]) if len(set(values)) == 1 else gv.array("u32", list(values))
+
+
+def _first(value: Any) -> Any:
+    """What is said of all layers, or of the first that has any."""
+    alone = value is None or isinstance(value, (str, int, float)) or not len(value)
+    return value if alone else next((int(one) for one in value if one), 0)
 
 
 def _expert_keys(experts: Experts) -> dict[str, str]:

@@ -32,7 +32,7 @@ class ExpertShape:
     divided by their sum, then multiplied by ``scale``; ``bias``: what is added to scores for the
     choice alone is a tensor. ``shared_gate``: a sigmoid tells how much the shared expert counts.
     The choice is among the ``top_groups`` of ``groups`` whose ``group_best`` best add up to most.
-    """
+    ``beside``: they work beside a dense MLP (``mlxedge.models.beside``)."""
 
     count: int
     used: int
@@ -49,6 +49,7 @@ class ExpertShape:
     group_best: int = 2
     #: Where the gate is clamped, as in gpt-oss: its steepness alpha, and the limit.
     clamped: tuple[float, float] | None = None
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Experts:
     ``score_key`` is the config key of the score, where models differ. ``biases``: the router
     and all matrices of experts have one; ``clamped``: the config keys of a clamped gate's steepness
     and limit. ``published`` names an encoding that experts keep, if a source has them in it and
-    nothing else is asked for."""
+    nothing else is asked for. ``some``: a config may have none; ``given`` is the config key that
+    tells whether a model has experts at all, where not all do; ``beside`` as in the shape."""
 
     width: str = "moe_intermediate_size"
     shared_width: str | None = None
@@ -73,11 +75,18 @@ class Experts:
     bias: bool = False
     shared_gate: bool = True
     plain_router: bool = False
+    some: bool = False
     groups: tuple[str, str] | None = None
     group_best: int = 2
     biases: bool = False
     clamped: tuple[str, str] | None = None
     published: str | None = None
+    given: str | None = None
+    beside: bool = False
+
+    def present(self, config: dict[str, Any]) -> bool:
+        """Whether a model has experts."""
+        return self.given is None or bool(config.get(self.given))
 
     def settle(self, config: dict[str, Any]) -> dict[str, Any]:
         """``config`` with the keys spelled out that are read here and by the runtimes.
@@ -85,6 +94,8 @@ class Experts:
         Raises UnsupportedModelError where they make no sense.
         """
         config = dict(config)
+        if not self.present(config):
+            return config
         count = next((config[key] for key in _COUNT if config.get(key) is not None), None)
         config |= dict.fromkeys(_COUNT, count)
         if self.sparse:
@@ -92,6 +103,10 @@ class Experts:
             config["mlp_only_layers"] = config.get("mlp_only_layers") or []
         if isinstance(self.normalise, str):
             config[self.normalise] = bool(config.get(self.normalise))
+        if self.some and not count:
+            layers = list(range(config["num_hidden_layers"]))
+            none = dict.fromkeys((*_COUNT, "num_experts_per_tok"), 0)
+            return config | none | {"mlp_only_layers": layers}
         keys = ["num_experts", "num_experts_per_tok", self.width]
         keys += ["decoder_sparse_step"] if self.sparse else []
         wrong = [k for k in keys if type(config.get(k)) is not int or not 0 < config[k] < 1 << 24]
@@ -160,6 +175,7 @@ class Experts:
             top_groups=config[self.groups[1]] if self.groups else 1,
             group_best=self.group_best,
             clamped=self._clamped(config),
+            beside=self.beside,
         )
 
     def _clamped(self, config: dict[str, Any]) -> tuple[float, float] | None:

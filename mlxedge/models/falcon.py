@@ -97,7 +97,9 @@ def _settle(config: Config) -> Config:
 
 
 def _check(config: Config, runtime: str) -> list[str]:
-    found = []
+    found: list[str] = []
+    if runtime == "mlx":
+        return found
     if config["bias"]:
         found.append("llama.cpp's falcon has no biases")
     if not config["parallel_attn"]:

@@ -20,7 +20,7 @@ WIRING = replace(GEMMA2, head_norm="head")
 LARGE = 62
 
 
-def _settle(config: Config) -> Config:
+def settle_ropes(config: Config) -> Config:
     """Both styles of rotary settings: by the type of layer, and with a base for those with windows
     beside that of the others."""
     nested = config.get("rope_parameters") or {}
@@ -47,7 +47,7 @@ def _settle(config: Config) -> Config:
     }
 
 
-def _ropes(config: Config) -> tuple[Rope | None, ...]:
+def ropes_by_type(config: Config) -> tuple[Rope | None, ...]:
     return tuple(rope_settings(config, kind) for kind in config["layer_types"])
 
 
@@ -86,7 +86,7 @@ def _mlx(config: Config) -> Config:
 
 def _back(config: Config, get: Get) -> Config:
     scalar = {"query_pre_attn_scalar": width_per_head(config, LARGE)}
-    return _settle({k: v for k, v in config.items() if k != "rope_parameters"} | scalar)
+    return settle_ropes({k: v for k, v in config.items() if k != "rope_parameters"} | scalar)
 
 
 SPEC = Dense(
@@ -108,8 +108,8 @@ SPEC = Dense(
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
     },
-    settles=_settle,
-    ropes=_ropes,
+    settles=settle_ropes,
+    ropes=ropes_by_type,
     keys=(
         Key("final_logit_softcapping", "final_logit_softcapping"),
         Key("rope_local_base_freq", "rope.freq_base_swa", default=1e4),

@@ -45,7 +45,7 @@ def _settle(config: Config) -> Config:
 
 
 def _check(config: Config, runtime: str) -> list[str]:
-    if config["intermediate_size"] == 4 * config["hidden_size"]:
+    if runtime == "gguf" or config["intermediate_size"] == 4 * config["hidden_size"]:
         return []
     return ["mlx-lm's gptj has an MLP four times as wide as the stream"]
 

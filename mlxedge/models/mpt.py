@@ -3,6 +3,8 @@ else without biases. mlx-lm does not have the architecture."""
 
 from __future__ import annotations
 
+import math
+
 from mlxedge import gguf_values as gv
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.dense import GELUS, Dense, mirrored, no_ropes
@@ -44,15 +46,21 @@ def _adopt(config: Config) -> Config:
     config = mirrored(config, _KEYS)
     longest = config["max_position_embeddings"] or 2048
     made = config | {"max_position_embeddings": longest, "max_seq_len": longest}
-    made["attn_config"] = {"clip_qkv": None, "alibi_bias_max": 8} | (
-        config.get("attn_config") or {}
-    )
+    attention = config.get("attn_config") or {}
+    if not isinstance(attention, dict):
+        raise UnsupportedModelError("the config's attn_config is no table of settings")
+    made["attn_config"] = {"clip_qkv": None, "alibi_bias_max": 8} | attention
     hidden = config["hidden_size"]
     return made | ({"intermediate_size": 4 * hidden} if isinstance(hidden, int) else {})
 
 
 def _settle(config: Config) -> Config:
     attention = config["attn_config"]
+    numbers = {key: attention.get(key) for key in ("alibi_bias_max", "clip_qkv", "softmax_scale")}
+    for key, value in numbers.items():
+        absent = value is None and key != "alibi_bias_max"
+        if not absent and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise UnsupportedModelError(f"attn_config's {key} is {str(value)[:40]!r}")
     wrong = [
         f"{key} {str(given[key])[:40]!r}"
         for given, computed in ((config, _COMPUTED), (attention, _COMPUTED_OF_ATTENTION))
@@ -68,13 +76,13 @@ def _factors(config: Config) -> Factors:
     attention = config["attn_config"]
     return Factors(
         attention=attention.get("softmax_scale"),
-        qkv_limit=attention["clip_qkv"] or None,
+        qkv_limit=attention["clip_qkv"],
         alibi=float(attention["alibi_bias_max"]),
     )
 
 
 def _check(config: Config, runtime: str) -> list[str]:
-    if config["attn_config"].get("softmax_scale") is None:
+    if runtime == "mlx" or config["attn_config"].get("softmax_scale") is None:
         return []
     return ["llama.cpp's mpt scales attention by the root of the heads' size (softmax_scale)"]
 

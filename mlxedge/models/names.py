@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,9 +50,10 @@ def names(
             layer.append(("mlp.gate_up_proj.weight", "ffn_up.weight", ("gate_up", "hidden")))
         elif wiring.mlp == "gated":
             layer.append(("mlp.gate_proj.weight", "ffn_gate.weight", wide, *dense))
-        if wiring.mlp != "fused":
+        if wiring.mlp in ("gated", "plain"):
             layer.append(("mlp.up_proj.weight", "ffn_up.weight", wide, *dense))
-        layer.append(("mlp.down_proj.weight", "ffn_down.weight", narrow, *dense))
+        if wiring.mlp != "none":
+            layer.append(("mlp.down_proj.weight", "ffn_down.weight", narrow, *dense))
     if mlp_bias:
         given = _given(mlp_bias)
         kinds = [("up", "intermediate"), ("down", "hidden")]
@@ -80,6 +81,14 @@ def names(
         *(_expert_names(experts, block, parts if apart else None, stacks) if experts else ()),
     ]
     return tuple(_called(name, called or {}, mlx_called) for name in made)
+
+
+def in_layers(
+    made: Sequence[Name], module: str, layers: Callable[[Config], Collection[int]]
+) -> tuple[Name, ...]:
+    """Those of a ``module`` of a block are in some layers only."""
+    within = f"{_BLOCK}{module}."
+    return tuple(replace(n, layers=layers) if n.hf.startswith(within) else n for n in made)
 
 
 def _attention(wiring: Wiring, rope_rows: bool, bias: Given) -> Iterator[tuple[Any, ...]]:

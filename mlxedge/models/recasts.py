@@ -78,9 +78,19 @@ class Scale:
 @dataclass(frozen=True)
 class Reshape:
     """The same elements in another shape, which ``there`` makes of ours; of small tensors, which
-    are read whole. The way back leads to the shape that the architecture expects."""
+    are read whole. The way back leads to the shape that the architecture expects. ``rows``: a
+    vector becomes a matrix of so many rows."""
 
-    there: Callable[[tuple[int, ...]], tuple[int, ...]]
+    there: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
+    rows: Callable[[Config], int] | None = None
+
+
+@dataclass(frozen=True)
+class ScaleRows:
+    """The world's rows are ours divided by ``factors(config, rows)``, f32 ``[rows]``. Codes cannot
+    follow, but where all factors are one."""
+
+    factors: Callable[[Config, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -91,13 +101,20 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Extend:
+    """Up to ``rows(config)`` rows, those that are missing copies of the first."""
+
+    rows: Callable[[Config], int]
+
+
+@dataclass(frozen=True)
 class Each:
     """Steps of its own for each of several tensors."""
 
     steps: tuple[tuple[Step, ...], ...]
 
 
-Step = Join | Split | Transpose | Values | Scale | Reshape | Stack | Each
+Step = Join | Split | Transpose | Values | Scale | Reshape | ScaleRows | Stack | Extend | Each
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,7 @@ class Recast:
     @property
     def keeps_columns(self) -> bool:
         """Whether what is made multiplies the same input."""
-        return all(isinstance(step, (Join, Split)) for step in self.steps)
+        return all(isinstance(step, (Join, Split, Extend)) for step in self.steps)
 
     def keeps(self, number: int) -> bool:
         """Whether the ``number``-th that is made multiplies the input of the first canonical one,

@@ -21,7 +21,9 @@ DEFAULT_THETA = 10000.0
 #: Phi's, with factors of its own for each frequency, others beyond the context of the first
 #: training: LongRoPE, arXiv 2402.13753.
 LONG = "longrope"
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", LONG)
+#: Gemma 4's: frequencies are those of the whole head, and those of the last pairs zero.
+PROPORTIONAL = "proportional"
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", LONG, PROPORTIONAL)
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class Rope:
 
     ``type`` is one of ``ROPE_TYPES``. ``original_max_position`` is the context the model was first
     trained with. ``attention_factor`` multiplies cosine and sine (yarn, longrope; 1.0 otherwise),
-    and ``fraction`` of each head is rotated. ``mscale_all_dim`` is yarn's, 0 for none: latent
-    attention scales its scores by it. Fields that a type does not use keep their defaults.
+    and ``fraction`` of each head is rotated: its first dimensions, or ("proportional") the first
+    ones of each half, where the others turn by nothing. ``mscale_all_dim`` is yarn's, 0 for none:
+    latent attention scales its scores by it. Fields that a type does not use keep their defaults.
     """
 
     theta: float = DEFAULT_THETA
@@ -50,8 +53,8 @@ class Rope:
     long_factor: tuple[float, ...] = ()
 
     def dims(self, head_dim: int) -> int:
-        """How many of ``head_dim`` dimensions are rotated."""
-        return int(head_dim * self.fraction)
+        """How many of ``head_dim`` dimensions are rotated, if by nothing."""
+        return head_dim if self.type == PROPORTIONAL else int(head_dim * self.fraction)
 
 
 def rope_settings(config: Mapping[str, Any], layers: str | None = None) -> Rope:
@@ -84,6 +87,8 @@ def rope_settings(config: Mapping[str, Any], layers: str | None = None) -> Rope:
     factor = values.get("factor")
     if factor is None and kind in ("yarn", LONG) and longest and original:
         factor = longest / original
+    if factor is None and kind == PROPORTIONAL:
+        factor = 1.0
     if factor is None and kind != "default":
         raise UnsupportedModelError(f"rope type {kind!r} needs a factor, and config.json has none")
     if kind in ("llama3", "yarn", LONG) and not original:
@@ -130,6 +135,10 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     frequencies = rope.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
     if rope.type == "linear":
         return frequencies / rope.factor
+    if rope.type == PROPORTIONAL:
+        turning = np.arange(dims // 2) < int(rope.fraction * dims // 2)
+        some: np.ndarray = np.where(turning, frequencies / rope.factor, 0.0)
+        return some
     if rope.type == LONG:
         if len(rope.short_factor) != dims // 2 or len(rope.long_factor) != dims // 2:
             raise UnsupportedModelError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge import gguf_values as gv
 from mlxedge.errors import UnsupportedModelError
-from mlxedge.models.rope import LONG, Rope, inverse_frequencies, rope_settings
+from mlxedge.models.rope import LONG, PROPORTIONAL, Rope, inverse_frequencies, rope_settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,8 @@ _YARN = {
     "beta_fast": "rope.scaling.yarn_beta_fast",
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
+#: The factor by which llama.cpp's converter divides frequencies that are to be zero.
+_NEVER = 1e30
 
 
 def rope_metadata(rope: Rope) -> gv.Metadata:
@@ -54,13 +56,16 @@ def rope_metadata(rope: Rope) -> gv.Metadata:
 
 
 def rope_tensors(rope: Rope, head_dim: int) -> dict[str, np.ndarray]:
-    """GGUF's tensors f32 ``[pairs]``: for llama3 rope plain over scaled frequencies, for longrope
-    its factors."""
+    """GGUF's tensors f32 ``[pairs]``: for llama3 and proportional rope plain over scaled
+    frequencies, for longrope its factors."""
     import numpy as np
 
     if rope.type == LONG:
         made = {_LONG: rope.long_factor, _SHORT: rope.short_factor}
         return {name: np.array(factors, np.float32) for name, factors in made.items()}
+    if rope.type == PROPORTIONAL:
+        turning = inverse_frequencies(rope, head_dim) > 0
+        return {_FREQUENCIES: np.where(turning, rope.factor, _NEVER).astype(np.float32)}
     if rope.type != "llama3":
         return {}
     plain = inverse_frequencies(Rope(theta=rope.theta, fraction=rope.fraction), head_dim)
@@ -97,7 +102,8 @@ def rope_from_gguf(
             "short_factor": [shortest(float(f)) for f in extra[_SHORT]],
         }
     if (factors := extra.get(_FREQUENCIES)) is not None:
-        rope |= llama3_from_factors(factors, rope["rope_theta"], head_dim)
+        found = proportional_from_factors(factors)
+        rope |= found or llama3_from_factors(factors, rope["rope_theta"], head_dim)
     return rope
 
 
@@ -115,6 +121,8 @@ def rope_values(rope: Rope) -> dict[str, Any]:
         values |= {"long_factor": list(rope.long_factor), "short_factor": list(rope.short_factor)}
     elif rope.type != "default":
         values["factor"] = rope.factor
+    if rope.type == PROPORTIONAL:
+        values["partial_rotary_factor"] = rope.fraction
     if rope.type == "llama3":
         values["low_freq_factor"] = rope.low_freq_factor
         values["high_freq_factor"] = rope.high_freq_factor
@@ -173,6 +181,21 @@ def _yarn_share(rope: Rope) -> float:
 def shortest(value: float) -> float:
     """The decimal number that an f32 was made from: 9.999999747378752e-06 → 1e-05."""
     return float(f"{value:.7g}")
+
+
+def proportional_from_factors(factors: np.ndarray) -> dict[str, Any] | None:
+    """The proportional rope settings of frequency factors f32 ``[pairs]``, which are all the same
+    but for those that let the last pairs not turn; ``None`` if they are others, or all one."""
+    turning = factors[factors < _NEVER / 2]
+    if not turning.size or (turning != turning[0]).any() or (factors == 1.0).all():
+        return None
+    if (factors[: turning.size] != turning[0]).any():
+        return None
+    return {
+        "rope_type": PROPORTIONAL,
+        "factor": shortest(float(turning[0])),
+        "partial_rotary_factor": turning.size / factors.size,
+    }
 
 
 def llama3_from_factors(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:

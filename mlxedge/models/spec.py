@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +15,21 @@ from mlxedge.models.experts import ROUTER, SHARED_GATE, Experts
 from mlxedge.models.mixers import load_mixer
 from mlxedge.models.recasts import Recast, World
 from mlxedge.models.rope import Rope
-from mlxedge.models.wiring import PRE_NORM, Factors, Wiring
+from mlxedge.models.wiring import PRE_NORM, Factors, Heads, Wiring
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from mlxedge.models.altup import AltUp
 
 #: How the rows of a tensor are laid out in GGUF against Hugging Face. "rope_q" and "rope_k" stand
 #: for the interleaved rotary order that llama.cpp's llama graph expects.
 RowOrder = Literal["same", "rope_q", "rope_k"]
 
 Config = dict[str, Any]
+#: Tensors of zeros by their name in a world: their shape, and a canonical matrix that has their
+#: input, if they are matrices.
+Placeholders = dict[str, tuple[tuple[int, ...], str | None]]
 #: Config keys for the number of layers that predict further tokens.
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
 
@@ -33,17 +38,30 @@ def attention_everywhere(config: Config) -> tuple[str, ...]:
     return ("attention",) * int(config["num_hidden_layers"])
 
 
+def heads_everywhere(config: Config) -> tuple[Heads, ...]:
+    """The same in all layers."""
+    heads = int(config["num_attention_heads"])
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    return (Heads(heads, kv_heads, size),) * int(config["num_hidden_layers"])
+
+
+def one_width(config: Config) -> tuple[int, ...]:
+    """``intermediate_size`` in all layers."""
+    return (int(config["intermediate_size"]),) * int(config["num_hidden_layers"])
+
+
 @dataclass(frozen=True)
 class Name:
     """One tensor in all worlds; ``{i}`` stands for the layer.
 
     ``hf`` is the canonical name: Hugging Face's, but for stacks of experts. ``shape`` is in terms
-    of ``ModelSpec.sizes``; ``present(config)`` tells whether a model of that config has the tensor,
-    ``layers(config)`` in which layers, if not in all. ``stored`` is the name in a Hugging Face
-    folder where that differs, with ``{e}`` for the expert if each is a tensor of its own; ``mlx``
-    that in an MLX folder. ``offset`` is what GGUF adds to the values; ``exact`` ones stay f32
-    whatever the others become. A ``listed`` one is a number of each layer that GGUF has in its
-    metadata: ``gguf`` is then the key of an array and ``.{i}``.
+    of ``ModelSpec.sizes`` and ``layer_sizes``; ``present(config)`` tells whether a model of that
+    config has the tensor, ``layers(config)`` in which layers, if not in all. ``stored`` is the name
+    in a Hugging Face folder where that differs, with ``{e}`` for the expert if each is a tensor of
+    its own; ``mlx`` that in an MLX folder. ``offset`` is what GGUF adds to the values; ``exact``
+    ones stay f32 whatever the others become. A ``listed`` one is a number of each layer that GGUF
+    has in its metadata: ``gguf`` is then the key of an array and ``.{i}``.
     """
 
     hf: str
@@ -69,6 +87,8 @@ class ModelSpec:
       ``tokenizer.``.
     - ``gguf_extra(config)``: tensors f32 that only GGUF has, by name (``rope_freqs.weight``).
     - ``config_from_gguf(metadata, extra)``: the way back; ``extra`` holds those tensors, f32.
+    - ``by_tensors(config, names)``: that config with what only the names of a GGUF file's tensors
+      tell.
     - ``mlx_config(config)``: the config.json that mlx-lm reads right.
     - ``hf_config(config)``: the config.json that transformers reads.
     - ``objections(config, format)``: why the runtime of ``format`` ("gguf", "mlx") cannot compute
@@ -79,13 +99,22 @@ class ModelSpec:
     - ``windows(config)``: the sliding window of each layer, 0 for none.
     - ``ropes(config)``: the rotary embedding of each layer, ``None`` for none.
     - ``mixers(config)``: what mixes positions in each layer (``mlxedge.models.mixers``).
+    - ``heads(config)``: the heads of attention in each layer; ``widths(config)``: the width of its
+      MLP; ``per_layer(config)``: that of the inputs that each layer has of its own beside the
+      stream (``mlxedge.models.per_layer``), 0 for none.
+    - ``altup(config)``: how several streams alternate (``mlxedge.models.altup``), ``None`` for one;
+      ``sparsity(config)``: which part of each layer's gates is zero, 0 for none in particular.
     - ``factors(config)``: what scales and caps activations.
     - ``adopt(config)``: a config as it is found, under the keys that are read here, with the
       defaults that transformers has for this architecture.
     - ``settle(config)``: the config with the architecture's own keys spelled out, or
       UnsupportedModelError.
     - ``notes(config, format)``: what to know of the model in the runtime of ``format``.
+    - ``words(config)``: further words of shapes and what they stand for.
+    - ``placeholders(config, world)``: what a runtime wants in a file and computes nothing with.
     - ``recasts``: what a world stores otherwise than by name; the first that serves is written.
+    - ``unused(name, config)``: whether a source tensor, by its name in Hugging Face or MLX folders,
+      is one that nothing computes with; it is left out.
     - ``reads(metadata)``: whether a GGUF file of ``gguf_arch`` with this metadata is of this type,
       where several share the architecture.
     """
@@ -103,7 +132,20 @@ class ModelSpec:
     windows: Callable[[Config], tuple[int, ...]]
     ropes: Callable[[Config], tuple[Rope | None, ...]]
     mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
+    #: Whether there is attention. Without, ``adopt`` gives the sizes of one that is not there.
+    attends: bool = True
+    heads: Callable[[Config], tuple[Heads, ...]] = heads_everywhere
+    widths: Callable[[Config], tuple[int, ...]] = one_width
+    per_layer: Callable[[Config], int] = lambda config: 0
+    altup: Callable[[Config], AltUp | None] = lambda config: None
+    sparsity: Callable[[Config], tuple[float, ...]] = lambda config: ()
+    words: Callable[[Config], dict[str, int]] = lambda config: {}
+    placeholders: Callable[[Config, str], Placeholders] = lambda config, world: {}
     factors: Callable[[Config], Factors] = lambda config: Factors()
+    #: The architecture in GGUF of a model of a config, where that is another one.
+    archs: Callable[[Config], str | None] = lambda config: None
+    #: Whether mlx-lm computes what is meant from a Hugging Face folder, too.
+    mlx_reads_stored: bool = True
     hf_config: Callable[[Config], Config] = lambda config: config
     wiring: Wiring = PRE_NORM
     #: That of a config, where it differs.
@@ -112,6 +154,8 @@ class ModelSpec:
     unties: bool = False
     #: The formats whose runtime does not have the architecture.
     lacks: tuple[str, ...] = ()
+    unused: Callable[[str, Config], bool] = lambda name, config: False
+    by_tensors: Callable[[Config, Container[str]], Config] = lambda config, names: config
     #: The config key of the norms' epsilon.
     epsilon: str = "rms_norm_eps"
     adopt: Callable[[Config], Config] = lambda config: config
@@ -146,6 +190,10 @@ class ModelSpec:
     @cached_property
     def _by_gguf(self) -> list[tuple[re.Pattern[str], Name]]:
         return [(_pattern(n.gguf), n) for n in self.names]
+
+    def arch_of(self, config: Config) -> str:
+        """The architecture that a GGUF file of this config says."""
+        return self.archs(config) or self.gguf_arch
 
     def to_gguf(self, hf_name: str) -> tuple[str, RowOrder] | None:
         """The GGUF name and row order of a Hugging Face tensor, or ``None`` if it is unknown."""
@@ -282,42 +330,56 @@ class ModelSpec:
 
     def expected(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Every tensor that a model of this config has, by Hugging Face name, with its shape."""
-        size = self.sizes(config)
+        size, own = self.sizes(config), self.layer_sizes(config)
         found: dict[str, tuple[int, ...]] = {}
         for name in self.names:
             if name.present(config):
-                shape = tuple(size[word] for word in name.shape)
                 layers: Collection[int] = range(config["num_hidden_layers"])
                 if name.layers is not None:
                     layers = sorted(name.layers(config))
                 elif "{i}" not in name.hf:
                     layers = (0,)
-                found |= {name.hf.format(i=i): shape for i in layers}
+                for i in layers:
+                    words = size | own[i]
+                    found[name.hf.format(i=i)] = tuple(words[word] for word in name.shape)
         return found
 
     def wired(self, config: Config) -> Wiring:
         return self.wiring if self.wires is None else self.wires(config)
 
+    def layer_sizes(self, config: Config) -> list[dict[str, int]]:
+        """By layer, what the words in ``Name.shape`` stand for that are of a layer."""
+        return [
+            {
+                "head": heads.size,
+                "heads": heads.count,
+                "kv_heads": heads.kv,
+                "q": heads.size * heads.count,
+                "kv": heads.size * heads.kv,
+                "qkv": heads.size * (heads.count + 2 * heads.kv),
+                "intermediate": width,
+                "gate_up": 2 * width,
+            }
+            for heads, width in zip(self.heads(config), self.widths(config), strict=True)
+        ]
+
     def sizes(self, config: Config) -> dict[str, int]:
-        """What the words in ``Name.shape`` stand for."""
-        head = config["head_dim"]
+        """What the words in ``Name.shape`` stand for in all layers alike."""
+        per_layer = self.per_layer(config)
         found = {
             "one": 1,
             "vocab": config["vocab_size"],
             "hidden": config["hidden_size"],
             "positions": config.get("max_position_embeddings") or 2048,
-            "intermediate": config["intermediate_size"],
-            "head": head,
-            "heads": config["num_attention_heads"],
-            "kv_heads": config["num_key_value_heads"],
-            "gate_up": 2 * config["intermediate_size"],
-            "q": head * config["num_attention_heads"],
-            "kv": head * config["num_key_value_heads"],
-            "qkv": head * (config["num_attention_heads"] + 2 * config["num_key_value_heads"]),
+            "per_layer": per_layer,
+            "vocab_per_layer": config.get("vocab_size_per_layer_input") or config["vocab_size"],
+            "per_layers": per_layer * config["num_hidden_layers"],
         }
         for mixer in dict.fromkeys(self.mixers(config)):
             found |= load_mixer(mixer).sizes(config)
-        return found | (self.experts.sizes(config) if self.experts else {})
+        if self.experts and self.experts.present(config):
+            found |= self.experts.sizes(config)
+        return found | self.words(config)
 
     def check_tensors(
         self, config: Config, shapes: Mapping[str, tuple[int, ...]], path: Path

@@ -33,6 +33,20 @@ _ACTIVATION_KEYS = ("hidden_activation", "hidden_act")
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The heads of attention in one layer: ``count`` of queries, ``kv`` of keys and of values, each
+    of ``size``. ``keys_as_values``: there is no matrix for values, which are the keys before their
+    norm and rotation. ``shared_with`` is the earlier layer whose keys and values the layer attends
+    to, ``None`` where it has its own."""
+
+    count: int
+    kv: int
+    size: int
+    keys_as_values: bool = False
+    shared_with: int | None = None
+
+
+@dataclass(frozen=True)
 class Wiring:
     """What one block does with the stream of hidden states x.
 
@@ -44,10 +58,14 @@ class Wiring:
     - ``layer_norm``: LayerNorm, not RMSNorm; ``unit_norm``: weights are stored less one;
       ``bare_norm``: there are none; ``embedding_norm``: embeddings have one too.
     - ``activation``: what the runtimes compute, as configs call it; ``mlp``: the product of a gate
-      and up, those two in one matrix ("fused"), or none ("plain").
+      and up, those two in one matrix ("fused"), or up alone ("plain"); "none" for no MLP.
     - ``qkv_fused``: q, k and v are one matrix.
     - ``head_norm``: a norm of q and k, over each head, over all heads together ("width"), or over
       each head after the rotation ("last"); always RMSNorm but if ``layer_norm``.
+    - ``laurel``: beside attention goes a small residual of two matrices (LAuReL, arXiv 2411.07501,
+      as in transformers' modeling_gemma3n.py), and x is divided by √2 after both.
+    - ``value_norm``: an RMSNorm without weights over each head of v.
+    - ``layer_scalar``: x is multiplied by a tensor of one number after the block.
     - ``neighbours``: rotation turns neighbouring dimensions against each other, not the two halves
       of a head; ``partial``: only a part of each head may turn.
     - ``sinks``: each head has a score of nothing, which takes its share of attention.
@@ -63,9 +81,12 @@ class Wiring:
     bare_norm: bool = False
     embedding_norm: bool = False
     activation: str = "silu"
-    mlp: Literal["gated", "fused", "plain"] = "gated"
+    mlp: Literal["gated", "fused", "plain", "none"] = "gated"
     qkv_fused: bool = False
     head_norm: Literal["head", "width", "last"] | None = None
+    laurel: bool = False
+    value_norm: bool = False
+    layer_scalar: bool = False
     neighbours: bool = False
     partial: bool = False
     sinks: bool = False

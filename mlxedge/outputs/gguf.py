@@ -139,7 +139,8 @@ def plan_gguf(
         planned.append(replace(tensor, places={"weight": places[0]}))
         offset = -(-end // ALIGNMENT) * ALIGNMENT
 
-    metadata = _general(checkpoint, spec, target, sum(t.size for t in checkpoint.tensors.values()))
+    parameters = sum(t.size for t in checkpoint.tensors.values())
+    metadata = _general(checkpoint, spec.arch_of(config), target, parameters)
     metadata |= written
     for key, entries in listed.items():
         # Nothing is written of a model of which headers alone are here.
@@ -247,25 +248,23 @@ def _shape(spec: ModelSpec, config: dict[str, Any], written: gv.Metadata) -> lla
     graph."""
     layers = config["num_hidden_layers"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    shared = written.get(f"{spec.gguf_arch}.attention.head_count_kv")
-    if shared is not None and type(shared.value) is int:
-        kv_heads = shared.value
+    shared = written.get(f"{spec.arch_of(config)}.attention.head_count_kv")
+    if shared is not None:  # of the first layer: 0 where that has no attention
+        kv_heads = shared.value if type(shared.value) is int else int(shared.value[0])
     many = layers == 80 and (spec.gguf_arch == "qwen2" or heads != kv_heads)
     return llama_cpp.Shape(
         layers=layers,
-        gqa=heads // kv_heads,
-        experts=config["num_experts"] if spec.experts else 0,
+        gqa=heads // kv_heads if kv_heads else 0,
+        experts=config["num_experts"] if spec.experts and spec.experts.present(config) else 0,
         falcon=spec.gguf_arch == "falcon",
         is_70b=many and spec.gguf_arch in ("llama", "qwen2", "deci", "olmo"),
     )
 
 
-def _general(
-    checkpoint: Checkpoint, spec: ModelSpec, target: Target, parameters: int
-) -> gv.Metadata:
+def _general(checkpoint: Checkpoint, arch: str, target: Target, parameters: int) -> gv.Metadata:
     """The ``general.`` keys (gguf specification, "Standardized key-value pairs")."""
     metadata: gv.Metadata = {
-        "general.architecture": gv.string(spec.gguf_arch),
+        "general.architecture": gv.string(arch),
         "general.type": gv.string("model"),
         "general.name": gv.string(_title(checkpoint.name)),
         "general.size_label": gv.string(_size_label(parameters)),

@@ -30,7 +30,7 @@ def plan_hf(
     for name, source in sources.items():
         encoding = PLAIN["f32" if spec.is_exact(source.name) else target.recipe]
         how, kept = how_to_make(source, encoding)
-        own = (source.name,) if source.name != name else spec.to_stored(name, (*source.shape, 1)[0])
+        own = spec.to_stored(source.name, (*source.shape, 1)[0])
         first, *others = names = own
         pieces = names if others else ()
         tensors.append(

@@ -74,8 +74,7 @@ def plan_mlx(
             encoding, reason = _choose(source, with_scales(told[name], dtype), dtype)
             reason = reason or (None if encoding == quantized else "as told")
         how, kept = how_to_make(source, encoding, keeps_codes)
-        count = (*source.shape, 1)[0]
-        own = (source.name,) if source.name != name else spec.to_mlx(name, count)
+        own = spec.to_mlx(source.name, (*source.shape, 1)[0])
         made, pieces = (name, own) if own[1:] else (own[0], ())
         tensors.append(
             PlannedTensor(

@@ -117,13 +117,15 @@ def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) ->
             gguf.path, f"the metadata of architecture {spec.gguf_arch} makes no sense: {error}"
         ) from error
     names = {t.name for t in gguf.tensors}
+    own = {name.split(".", 2)[-1] for name in names if name.startswith("blk.")}
     config["tie_word_embeddings"] = "output.weight" not in names
     for key, tensor in _OPTIONS.items():
         if key in config:
-            config[key] = not names.isdisjoint((tensor, tensor.replace("attn_q.", "attn_qkv.")))
+            config[key] = not own.isdisjoint((tensor, tensor.replace("attn_q.", "attn_qkv.")))
     for key, tensor in _WITHOUT.items():
         if key in config:
             config[key] = bool(config[key]) or tensor not in names
+    config = spec.by_tensors(config, names)
     config["torch_dtype"] = _DTYPE_NAMES[_float_type(gguf)]
     for key, gguf_key in _SPECIAL_IDS.items():
         token = gguf.metadata.get(gguf_key)
@@ -132,14 +134,15 @@ def _config(gguf: GgufFile, spec: ModelSpec, extra: Mapping[str, np.ndarray]) ->
     return config
 
 
-#: Config keys, each with a tensor that tells what they say.
+#: Config keys, each with a tensor of a layer that tells what they say; not all layers may have it.
 _OPTIONS = {
-    "attention_bias": "blk.0.attn_q.bias",
-    "use_qkv_bias": "blk.0.attn_q.bias",
-    "mlp_bias": "blk.0.ffn_up.bias",
-    "own_attention_norm": "blk.0.attn_norm_2.weight",
-    "use_qk_norm": "blk.0.attn_q_norm.weight",
-    "qk_layernorm": "blk.0.attn_q_norm.weight",
+    "attention_bias": "attn_q.bias",
+    "use_qkv_bias": "attn_q.bias",
+    "mlp_bias": "ffn_up.bias",
+    "own_attention_norm": "attn_norm_2.weight",
+    "use_qk_norm": "attn_q_norm.weight",
+    "qk_layernorm": "attn_q_norm.weight",
+    "mamba_rms_norm": "ssm_norm.weight",
 }
 #: The same of a tensor that is missing, where the metadata does not say so.
 _WITHOUT = {"use_parallel_residual": "blk.0.ffn_norm.weight"}

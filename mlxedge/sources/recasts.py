@@ -20,10 +20,12 @@ from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.recasts import (
     Config,
     Each,
+    Extend,
     Join,
     Recast,
     Reshape,
     Scale,
+    ScaleRows,
     Split,
     Stack,
     Step,
@@ -81,6 +83,8 @@ def to_world(
         for number, (own, one) in enumerate(zip(others, made, strict=True)):
             like = names[0] if recast.keeps(number) else None
             found[f"{world}:{own}"] = replace(one, name=own, like=like)
+    for own, (shape, input_of) in spec.placeholders(config, world).items():
+        found[f"{world}:{own}"] = _zeros(own, shape, input_of)
     return found
 
 
@@ -334,7 +338,10 @@ def _mapped(change: Callable[[np.ndarray], np.ndarray], tensor: SourceTensor) ->
 
 def _reshape(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
     assert isinstance(step, Reshape)
-    return [_shaped(tensor, step.there(tensor.shape)) for tensor in tensors]
+    if step.rows is None:
+        return [_shaped(tensor, step.there(tensor.shape)) for tensor in tensors]
+    rows = step.rows(config)
+    return [_shaped(tensor, (rows, tensor.size // rows)) for tensor in tensors]
 
 
 def _shape_back(
@@ -354,6 +361,31 @@ def _shaped(tensor: SourceTensor, shape: Shape) -> SourceTensor:
         return {"weight": whole.reshape(made.rows, made.cols)[start:stop].copy()}
 
     return replace(made, read_rows=read, read_scales=None)
+
+
+def _scale_rows(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
+    assert isinstance(step, ScaleRows)
+    return [_scaled(tensor, 1 / step.factors(config, tensor.rows)) for tensor in tensors]
+
+
+def _scale_rows_back(
+    config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
+) -> list[SourceTensor]:
+    assert isinstance(step, ScaleRows)
+    return [_scaled(tensor, step.factors(config, tensor.rows)) for tensor in tensors]
+
+
+def _scaled(tensor: SourceTensor, factors: np.ndarray) -> SourceTensor:
+    """Each row times a number of its own."""
+    if (factors == 1).all():
+        return tensor
+    source = _decoded(tensor)
+
+    def read(start: int, stop: int) -> Parts:
+        values = source.read_rows(start, stop)["weight"]
+        return {"weight": values * factors[start:stop, None].astype(np.float32)}
+
+    return replace(source, read_rows=read)
 
 
 def _stack(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
@@ -377,6 +409,33 @@ def _unstack(
         if len(tensor.shape) != 3:
             raise UnsupportedModelError(f"{tensor.name} is {list(tensor.shape)}, not a stack")
     return [replace(t, shape=(t.shape[0] * t.shape[1], t.shape[2])) for t in tensors]
+
+
+def _extend(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
+    assert isinstance(step, Extend)
+    return [_with_rows(tensor, step.rows(config)) for tensor in tensors]
+
+
+def _extend_back(
+    config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
+) -> list[SourceTensor]:
+    return [_with_rows(tensor, shape[0]) for tensor, shape in zip(tensors, shapes, strict=True)]
+
+
+def _with_rows(tensor: SourceTensor, rows: int) -> SourceTensor:
+    """A matrix of so many rows, those that it does not have copies of the first."""
+    own = tensor.shape[0]
+    if own == rows:
+        return tensor
+    index = np.concatenate([np.arange(min(own, rows)), np.zeros(max(0, rows - own), np.int64)])
+    return _Pieces([tensor], [own], index).tensor(tensor.name, (rows, tensor.shape[1]))
+
+
+def _zeros(name: str, shape: Shape, like: str | None) -> SourceTensor:
+    def read(start: int, stop: int) -> Parts:
+        return {"weight": np.zeros((stop - start, shape[-1]), np.float32)}
+
+    return SourceTensor(name, shape, F32, read, like=like)
 
 
 def _each(config: Config, step: Step, tensors: list[SourceTensor]) -> list[SourceTensor]:
@@ -424,7 +483,9 @@ _THERE: dict[type, Callable[[Config, Step, list[SourceTensor]], list[SourceTenso
     Values: _values,
     Scale: _scale,
     Reshape: _reshape,
+    ScaleRows: _scale_rows,
     Stack: _stack,
+    Extend: _extend,
     Each: _each,
 }
 _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list[SourceTensor]]] = {
@@ -434,7 +495,9 @@ _BACK: dict[type, Callable[[Config, Step, list[SourceTensor], list[Shape]], list
     Values: _values_back,
     Scale: _scale_back,
     Reshape: _shape_back,
+    ScaleRows: _scale_rows_back,
     Stack: _unstack,
+    Extend: _extend_back,
     Each: _each_back,
 }
 

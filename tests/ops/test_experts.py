@@ -66,6 +66,7 @@ def dense_weights(
     groups: int = 1,
     top_groups: int = 1,
     group_best: int = 2,
+    each: np.ndarray | None = None,
 ) -> np.ndarray:
     """The weight of every expert, f64 ``[n, experts]``; NaN for those that were not chosen."""
     logits = logits.astype(np.float64)
@@ -92,7 +93,8 @@ def dense_weights(
     if normalise:
         weights = weights / weights.sum(-1, keepdims=True)
     found = np.full((count, experts), np.nan)
-    np.put_along_axis(found, ids, weights * scale, 1)
+    own = 1.0 if each is None else each[ids]
+    np.put_along_axis(found, ids, weights * scale * own, 1)
     return found
 
 
@@ -133,6 +135,7 @@ ROUTINGS: dict[str, tuple[int, int, dict[str, Any]]] = {
     ),
     "groups-by-the-best": (24, 4, {"groups": 4, "top_groups": 2, "group_best": 1}),
     "groups-that-just-suffice": (12, 6, {"score": "sigmoid", "groups": 4, "top_groups": 2}),
+    "each-its-own": (20, 3, {"normalise": True, "scale": 1.5, "each": 0.5}),
     "all": (6, 6, {}),
     "one": (1, 1, {"score": "sigmoid"}),
 }
@@ -146,8 +149,8 @@ def test_routing(name: str, count: int, threads: int) -> None:
     rng = np.random.default_rng(1)
     logits = 2 * rng.normal(size=(count, experts)).astype(np.float32)
     routing = dict(given)
-    if "bias" in routing:
-        routing["bias"] = (rng.normal(size=experts) * routing["bias"]).astype(np.float32)
+    for key in {"bias", "each"} & set(routing):
+        routing[key] = (rng.normal(size=experts) * routing[key]).astype(np.float32)
     expected = dense_weights(logits, top_k, **routing)
     found = weights_of(logits, top_k, threads, **routing)
     assert (np.isnan(expected) == (found == 0)).all()

@@ -188,7 +188,8 @@ def test_attention_steps(
     window: int,
 ) -> None:  # fmt: skip
     """Positions in pieces of many lengths, across the growth of the cache; the first ``still``
-    dimensions of a head are not rotated. A second layer attends to what the first one kept."""
+    dimensions of a head are not rotated. A second layer attends to what the first one kept, a third
+    keeps that itself, as it was kept; the results are added up."""
     rng = np.random.default_rng(7)
     pieces = [5, 1, 2, 1, 100, 3, 1, 190, 1]
     count = sum(pieces)
@@ -200,13 +201,14 @@ def test_attention_steps(
     tape = Tape()
     x, again, y = tape.buffer(sum(widths)), tape.buffer(widths[0]), tape.buffer(heads * value_size)
     mixed, q, k, v = (tape.buffer(n) for n in (heads * value_size, *widths))
+    anew, third = tape.buffer(widths[0]), tape.buffer(heads * value_size)
     tape.embed(Matrix({"weight": table}, PLAIN["f32"], count, sum(widths)), x)
     identity = np.split(np.eye(sum(widths), dtype=np.float32), cuts)
     tape.linear(
         x,
         [
             Product(Matrix({"weight": cut}, PLAIN["f32"], len(cut), sum(widths)), out)
-            for cut, out in zip([*identity, identity[0]], (q, k, v, again), strict=True)
+            for cut, out in zip([*identity, *identity[:1] * 2], (q, k, v, again, anew), strict=True)
         ],
     )
     shared: dict[str, Any] = {
@@ -223,6 +225,8 @@ def test_attention_steps(
     }
     slot = tape.attention(q, k, v, y, **shared)
     tape.attention(again, k, v, mixed, slot=slot, **shared)
+    tape.attention(anew, k, v, third, placed=True, **shared)
+    tape.add(third, mixed)
     tape.head()
     copy = np.eye(heads * value_size, dtype=np.float32)
     tape.linear(mixed, [Product(Matrix({"weight": copy}, PLAIN["f32"], len(copy), len(copy)), y)])
@@ -258,7 +262,7 @@ def test_attention_steps(
         np.zeros(heads) if steep is None else steep.astype(np.float64),
     )
     np.testing.assert_allclose(
-        np.concatenate(found), expected.reshape(count, -1), rtol=1e-4, atol=2e-5
+        np.concatenate(found), 2 * expected.reshape(count, -1), rtol=1e-4, atol=4e-5
     )
 
 

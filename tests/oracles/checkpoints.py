@@ -10,8 +10,10 @@ from oracles import (
     architectures,
     architectures_dense,
     architectures_fused,
+    architectures_gemma,
     architectures_mla,
     architectures_moe,
+    architectures_recurrent,
 )
 from oracles.renamed import rename
 from oracles.stand_ins import STAND_INS, config_of, hub_config
@@ -184,7 +186,7 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {}
 for family in (
     *(architectures, architectures_dense, architectures_fused, architectures_mla),
-    architectures_moe,
+    *(architectures_gemma, architectures_moe, architectures_recurrent),
 ):
     OWN |= family.OWN
     SAVED |= family.SAVED
@@ -210,14 +212,18 @@ def write_checkpoint(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            if name.endswith("q_norm.weight") and model_type in architectures_gemma.UNSCALED:
+                parameter.mul_(parameter.numel() ** -0.5)
         for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
+            if name.endswith(("correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.1)
+            if name.endswith("layer_scalar"):
+                buffer.normal_(1.0, 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     if model_type in STAND_INS:
         path = folder / "config.json"

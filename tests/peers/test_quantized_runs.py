@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles import architectures_recurrent
 from oracles.checkpoints import OWN, PARTIAL, SAVED, write_checkpoint
 from oracles.llama_cpp import LlamaCpp
 from oracles.llama_quantize import types
@@ -20,9 +21,12 @@ OTHERS = (
     *("phi3", "gemma3_text", "glm4", "cohere-qk-norm", "starcoder2", "nemotron", "stablelm"),
     *("apertus", "phi", "stablelm-parallel", "minicpm-tied"),
     *("gpt2", "gpt_neox", "falcon", "internlm2"),
+    *architectures_recurrent.WIDE,
     *("gpt_oss", "granitemoe", "granitemoeshared", "afmoe", "ernie4_5_moe"),
     *("deepseek_v2-queries-whole", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "minicpm3"),
     "youtu",
+    *("gemma4_text", "gemma4_text-no-inputs-keys-as-values", "gemma4_text-experts"),
+    "gemma3n_text-shared",
 )
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "moe_intermediate_size")
 #: Number, as llama-quantize counts.
@@ -76,7 +80,11 @@ def test_types_equal_llama_quantizes(name: str, tmp_path: Path) -> None:
     settings = RUNS[name][0] | {"hidden_size": 256, "intermediate_size": 256}
     # Latents and heads of whole blocks, where there are some.
     settings |= {key: 256 for key in LATENT if key in OWN.get(settings["model_type"], {})}
+    settings |= architectures_recurrent.WIDE.get(name, {})
     layers = max(9, settings.get("num_hidden_layers", 0))
+    if types_of := settings.get("layer_types"):
+        settings["layer_types"] = types_of * -(-layers // len(types_of))
+        layers = len(settings["layer_types"])
     folder = write_checkpoint(tmp_path / "source", **settings | {"num_hidden_layers": layers})
     source = tmp_path / "source-F32.gguf"
     targets = ["gguf:f32", *(f"gguf:{recipe}" for recipe in RECIPES)]

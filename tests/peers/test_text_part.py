@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from oracles import architectures_dense
+from oracles.architectures_gemma import OWN, SAVED
 from oracles.checkpoints import SIZES
 from oracles.llama_cpp import LlamaCpp
 from oracles.tiny import write_tokenizer
@@ -68,10 +69,12 @@ TEXT: dict[str, dict[str, Any]] = {
             "mrope_interleaved": True,
         },
     },
+    "gemma4": OWN["gemma4_text"] | SAVED["gemma4_text"],
 }
 #: What their encoders of images call their sizes.
 ENCODERS: dict[str, dict[str, Any]] = {
     "mistral3": {"head_dim": 16},
+    "gemma4": {"head_dim": 16, "num_key_value_heads": 2},
     "smolvlm": {"image_size": 56},
     "qwen2_vl": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 128},
     "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 128},
@@ -90,6 +93,8 @@ IN_MLX = {
     "qwen3_vl_text": "qwen3",
     "glm4v_text": "glm4",
 }
+#: What the file holds and transformers does not keep: of layers that share keys and values.
+UNUSED = {"gemma4": ("layers.6.self_attn.k_proj.weight", (64, 128))}
 #: How files on the Hub call the tensors of a language model within a larger one.
 PREFIXES = {"new": "model.language_model.", "old": "language_model.model."}
 
@@ -100,23 +105,27 @@ def write_model(folder: Path, kind: str, names: str) -> np.ndarray:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     whole = kind.split()[0]
-    own = ENCODERS.get(whole, {})
+    vision = VISION | ENCODERS.get(whole, {})
+    if kind == "gemma4":
+        vision = {k: v for k, v in vision.items() if k not in ("image_size", "patch_size")}
     config = AutoConfig.for_model(
         whole,
         text_config=SIZES | TEXT[kind],
-        vision_config=VISION | own,
-        image_token_index=511,
+        vision_config=vision,
+        **{"image_token_id" if kind == "gemma4" else "image_token_index": 511},
     )
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            if name.endswith("q_norm.weight") and kind == "gemma4":
+                parameter.mul_(parameter.numel() ** -0.5)
         logits: np.ndarray = model(torch.tensor([TOKENS])).logits[0].numpy()
     model.save_pretrained(folder)
     write_tokenizer(folder, SIZES["vocab_size"])
@@ -124,6 +133,9 @@ def write_model(folder: Path, kind: str, names: str) -> np.ndarray:
     for name, tensor in load_file(folder / "model.safetensors").items():
         prefix = next((p for p in PREFIXES.values() if name.startswith(p)), "")
         weights[(PREFIXES[names] if prefix else "") + name.removeprefix(prefix)] = tensor
+    if kind in UNUSED:
+        name, shape = UNUSED[kind]
+        weights[PREFIXES[names] + name] = np.ones(shape, np.float32)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return logits
 

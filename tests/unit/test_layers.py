@@ -29,6 +29,7 @@ from mlxedge.prepare import prepare
 from mlxedge.sources import open_source
 from mlxedge.sources.checkpoint import Checkpoint, SourceTensor, Tensors
 
+GEMMA4_LARGE = "gemma4_text-no-inputs-keys-as-values"
 IDS = np.random.default_rng(0).integers(3, 512, (3, 75))
 
 
@@ -110,7 +111,9 @@ def test_equals_the_whole_model(name: str, tmp_path: Path) -> None:
 OTHERS = (
     *("gemma3_text", "granite", "phi3", "cohere2", "olmo2", "apertus", "ministral3", "phi"),
     *("gpt2", "gpt_neox", "gpt_bigcode", "internlm2", "bloom", "mpt"),
-    *("deepseek_v32", "minicpm3"),
+    *("lfm2", "mamba", "mamba2", "granitemoehybrid", "nemotron_h", "falcon_h1", "jamba"),
+    *("deepseek_v32", "minicpm3", "gemma4_text", GEMMA4_LARGE, "gemma4_text-experts"),
+    "gemma3n_text-shared",
 )
 
 

@@ -3,11 +3,13 @@ the runtimes that have the architecture take them."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 from oracles import published_fused
 
+from mlxedge.errors import MlxedgeError
 from mlxedge.models import normalise, spec_for
 from mlxedge.models.rope import Rope
 from mlxedge.models.shape import shape_of
@@ -321,3 +323,28 @@ def test_published_configs_are_taken(name: str) -> None:
     found = {**vars(rope), **vars(shape.wiring), **vars(shape.factors), **vars(shape)}
     found["rope"] = rope.type
     assert {key: found[key] for key in told} == pytest.approx(told)
+
+
+#: What a config may hold where it makes no sense.
+NONSENSE: tuple[Any, ...] = (None, "x", -1, 0, 3.5, True, [], {}, 1 << 40, ...)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_of_nonsense_end_in_one_error(name: str) -> None:
+    """Whatever one key holds, the config is taken or refused; ``...`` is a key left out."""
+    config = PUBLISHED[name][0]
+    extra = ("rope_scaling", "rope_parameters", "head_dim", "num_key_value_heads", "seq_length")
+    refused = 0
+    for key, value in itertools.product({*config, *extra} - {"model_type"}, NONSENSE):
+        changed = {k: v for k, v in (config | {key: value}).items() if v is not ...}
+        try:
+            spec = spec_for(changed)
+            settled = spec.settle(normalise(changed, []))
+            if not spec.objections(settled, "gguf"):
+                spec.gguf_metadata(settled)
+            if not spec.objections(settled, "mlx"):
+                spec.mlx_config(settled)
+            shape_of(settled)
+        except MlxedgeError:
+            refused += 1
+    assert refused > 20

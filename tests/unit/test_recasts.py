@@ -15,10 +15,12 @@ from mlxedge.errors import UnsupportedModelError
 from mlxedge.models import spec_for
 from mlxedge.models.recasts import (
     Each,
+    Extend,
     Join,
     Recast,
     Reshape,
     Scale,
+    ScaleRows,
     Split,
     Stack,
     Step,
@@ -47,6 +49,9 @@ class Spec:
 
     def expected(self, config: dict[str, Any]) -> dict[str, Shape]:
         return self._shapes
+
+    def placeholders(self, config: dict[str, Any], world: str) -> dict[str, Any]:
+        return {}
 
 
 def source(name: str, values: np.ndarray, encoding: Encoding = F32) -> SourceTensor:
@@ -116,6 +121,16 @@ def test_rows_are_joined(order: Any, sizes: Shape, lead: Shape) -> None:
     if order is not None:
         expected = expected[..., order(CONFIG, sizes), :]
     np.testing.assert_array_equal(joined, expected)
+
+
+@pytest.mark.parametrize("encoding", [F32, GGML["q8_0"]], ids=str)
+def test_rows_are_added(encoding: Encoding) -> None:
+    """Copies of the first, as they are encoded."""
+    values = numbers(6, 32)
+    (made,), tensors = there_and_back((Extend(lambda config: 9),), [values], encodings=[encoding])
+    assert {t.encoding for t in tensors.values()} == {encoding}
+    np.testing.assert_array_equal(made[6:], np.repeat(made[:1], 3, axis=0))
+    np.testing.assert_allclose(made[:6], values, atol=0.05)
 
 
 def test_heads_take_turns() -> None:
@@ -199,9 +214,28 @@ def test_values_and_shapes() -> None:
     )
     np.testing.assert_allclose(made, -np.exp(a_log)[:, None], rtol=1e-6)
     assert next(iter(out.values())).encoding == F32
+    norm = numbers(12)
+    (made,), _ = there_and_back((Reshape(rows=lambda config: 3),), [norm])
+    np.testing.assert_array_equal(made, norm.reshape(3, 4))
     conv = numbers(12, 1, 4)
     (made,), _ = there_and_back((Reshape(lambda s: (s[0], s[2], 1)),), [conv])
     np.testing.assert_array_equal(made, conv.reshape(12, 4, 1))
+
+
+def test_rows_are_scaled() -> None:
+    """As Falcon-H1's multipliers, which other worlds have in the weights."""
+
+    def factors(config: dict[str, Any], rows: int) -> np.ndarray:
+        return np.arange(1, rows + 1)
+
+    values = numbers(6, 5)
+    (made,), _ = there_and_back((ScaleRows(factors),), [values])
+    np.testing.assert_allclose(made, values / np.arange(1, 7)[:, None], rtol=1e-6)
+    encoding = GGML["q4_0"]
+    _, out = there_and_back(
+        (ScaleRows(lambda config, rows: np.ones(rows)),), [numbers(4, 32)], encodings=[encoding]
+    )
+    assert next(iter(out.values())).encoding == encoding
 
 
 def test_codes_stay_where_rows_only_move() -> None:
