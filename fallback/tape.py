@@ -14,7 +14,7 @@ import numpy as np
 
 from mlxedge.encodings import F32
 from mlxedge.errors import UsageError
-from mlxedge.fallback import attention
+from mlxedge.fallback import attention, causal_conv
 from mlxedge.fallback import frame as fr
 from mlxedge.fallback.activations import ACTIVATIONS
 from mlxedge.fallback.experts import (
@@ -476,6 +476,32 @@ class Tape:
     def state(self, cells: int) -> int:
         """The slot of a new recurrent layer, which keeps ``cells`` f32."""
         return self._slot(State(cells))
+
+    def causal_conv(
+        self,
+        x: Buffer,
+        out: Buffer,
+        weight: np.ndarray,
+        *,
+        bias: np.ndarray | None = None,
+        activation: Activation | None = "silu",
+    ) -> int:
+        """out = activation(the convolution of each channel of ``x`` with its row of ``weight``,
+        f32 ``[channels, width]``, the last of which is for the position itself, + bias); x may be
+        out. Returns the slot of its state.
+
+        Raises UsageError for weights that are not of as many channels as x and out.
+        """
+        channels, width = weight.shape
+        if not x.width == out.width == channels or (bias is not None and bias.size != channels):
+            raise UsageError(f"a convolution of {channels} channels for {x.width} to {out.width}")
+        slot = self.state(causal_conv.state_cells(channels, width))
+        self._scratch = max(self._scratch, causal_conv.scratch_bytes(width))
+        vectors = self._vector(causal_conv.packed(weight)), self._vector(bias)
+        kind = causal_conv.NO_ACTIVATION if activation is None else ACTIVATIONS[activation]
+        shared = x.offset, out.offset, slot, x.stored // LANES, width
+        self._record(causal_conv.conv_kernel(), *shared, *vectors, kind)
+        return slot
 
     def _slot(self, slot: KeyValues | State) -> int:
         self.slots.append(slot)
