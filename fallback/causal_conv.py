@@ -67,7 +67,7 @@ def _convolve(step: int, frame: int, thread: int) -> None:
                 p = x + j * x_row + at if j >= 0 else state + (j + kept) * row + at
                 v = fma(load_f32(weight + k * row + at), load_f32(p), v)
             if kind >= 0:
-                v = activate(kind, v)
+                v = activate(kind, v, 0)
             store_f32(out + i * out_row + at, v)
         for k in range(kept):
             store_f32(state + k * row + at, load_f32(later + 64 * k))
