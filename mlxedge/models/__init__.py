@@ -31,7 +31,7 @@ __all__ = [
 #: Modules of this package that serve the architectures and are none themselves.
 _SHARED = {
     *("decoder", "dense", "experts", "graph", "layout", "mixers", "names", "recasts", "rope"),
-    *("latent", "routed"),
+    *("delta_nets", "latent", "qwen3_5_nets", "routed"),
     *("rope_files", "shape", "spec", "weights", "wiring"),
 }
 

@@ -86,7 +86,8 @@ class Dense:
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``unties``: whether mlx-lm gets a tied table twice, as it needs a head of its own.
     - ``recasts``, ``spellings``: see ``ModelSpec``; ``buffers``: patterns of names of
-      tensors that files hold beside the weights.
+      tensors that files hold beside the weights; ``within``: of a language model that mlx-lm knows
+      as the part of one that sees as well, what it puts before the names of tensors, and its type.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
 
@@ -102,6 +103,7 @@ class Dense:
     spellings: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
     drops_predicting: bool = False
+    within: tuple[str, str] | None = None
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
     mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
@@ -164,6 +166,7 @@ class Dense:
             spellings=self.spellings,
             ignored=(*ModelSpec.ignored, *self.buffers),
             drops_predicting=self.drops_predicting,
+            mlx_prefix=self.within[0] if self.within else "",
         )
 
     def adopt(self, config: Config) -> Config:
@@ -259,7 +262,7 @@ class Dense:
             "architectures": [self.architecture],
             "hidden_act": (self.nearly and get("hidden_activation")) or self.wiring.activation,
             "hidden_size": hidden,
-            "intermediate_size": need("feed_forward_length"),
+            "intermediate_size": need(self._width_key(get)),
             "num_hidden_layers": need("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": get("attention.head_count_kv") or heads,
@@ -283,6 +286,11 @@ class Dense:
 
     def _both_styles(self, rope: dict[str, Any]) -> Config:
         return {} if self.ropes is no_ropes else both_styles(rope)
+
+    def _width_key(self, get: Get) -> str:
+        """A model of experts alone may have no other width."""
+        other = self.experts is not None and get("feed_forward_length") is None
+        return "expert_feed_forward_length" if other else "feed_forward_length"
 
     def _windows_from_gguf(self, get: Get, layers: int) -> Config:
         window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
@@ -310,7 +318,11 @@ class Dense:
             made["max_position_embeddings"] = window
         if self.wiring.partial:
             made["partial_rotary_factor"] = values["partial_rotary_factor"] = rope.fraction
-        return made | self._both_styles(values) | self.mlx(config)
+        made |= self._both_styles(values) | self.mlx(config)
+        if self.within is None:
+            return made
+        whole = {key: made[key] for key in _OF_THE_WHOLE if key in made}
+        return {"model_type": self.within[1], **whole, "text_config": made}
 
     def window(self, config: Config, runtime: str) -> int | None:
         """The smallest sliding window of any layer, if the model's context is longer and the
@@ -479,6 +491,10 @@ def qwen_windows(config: Config) -> tuple[int, ...]:
         return tuple(window if kind == "sliding_attention" else 0 for kind in types)
     first = int(config.get("max_window_layers", 28))
     return tuple(window if layer >= first else 0 for layer in layers)
+
+
+#: What a config says of the whole model, however many parts it has.
+_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
 def _context(config: Config, window: int | None = None) -> int:

@@ -131,7 +131,10 @@ class Recast:
     @property
     def keeps_columns(self) -> bool:
         """Whether what is made multiplies the same input."""
-        return all(isinstance(step, (Join, Split)) for step in self.steps)
+        rows = (
+            isinstance(s, (Join, Split)) and not getattr(s, "columns", False) for s in self.steps
+        )
+        return all(rows)
 
     def keeps(self, number: int) -> bool:
         """Whether the ``number``-th that is made multiplies the input of the first canonical one,

@@ -27,6 +27,8 @@ RowOrder = Literal["same", "rope_q", "rope_k"]
 Config = dict[str, Any]
 #: Config keys for the number of layers that predict further tokens.
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
+#: The module that holds them in some models.
+_AHEAD = ("mtp.", "model.mtp.")
 
 
 def attention_everywhere(config: Config) -> tuple[str, ...]:
@@ -122,6 +124,8 @@ class ModelSpec:
     recasts: tuple[Recast, ...] = ()
     #: Whether layers that predict further tokens may follow the others; they are dropped.
     drops_predicting: bool = False
+    #: What stands before the names of an MLX folder, whose config has ours as ``text_config``.
+    mlx_prefix: str = ""
     #: GGUF tensors that ``config_from_gguf`` consumes.
     gguf_only: tuple[str, ...] = (
         "rope_freqs.weight",
@@ -156,11 +160,11 @@ class ModelSpec:
 
     def from_gguf(self, gguf_name: str) -> tuple[str, RowOrder] | None:
         """The Hugging Face name and row order of a GGUF tensor, or ``None`` if it is unknown."""
+        if self.recast_of("gguf", gguf_name) is not None:
+            return gguf_name, "same"  # until it is recast
         for pattern, name in self._by_gguf:
             if match := pattern.fullmatch(gguf_name):
                 return name.hf.format(**match.groupdict()), name.rows
-        if self.recast_of("gguf", gguf_name) is not None:
-            return gguf_name, "same"  # until it is recast
         return None
 
     def recast_of(self, world: World, other: str) -> tuple[Recast, str] | None:
@@ -286,13 +290,14 @@ class ModelSpec:
         found: dict[str, tuple[int, ...]] = {}
         for name in self.names:
             if name.present(config):
-                shape = tuple(size[word] for word in name.shape)
                 layers: Collection[int] = range(config["num_hidden_layers"])
                 if name.layers is not None:
                     layers = sorted(name.layers(config))
                 elif "{i}" not in name.hf:
                     layers = (0,)
-                found |= {name.hf.format(i=i): shape for i in layers}
+                # Words of a mixer are known where it has a layer.
+                for i in layers:
+                    found[name.hf.format(i=i)] = tuple(size[word] for word in name.shape)
         return found
 
     def wired(self, config: Config) -> Wiring:
@@ -362,7 +367,10 @@ class ModelSpec:
 
     def predicts(self, hf_name: str, config: Config) -> bool:
         """Whether a source tensor is of layers past the last, which predict further tokens and are
-        dropped; ``config`` says that there are some (``PREDICTING``)."""
+        dropped; ``config`` says that there are some (``PREDICTING``), or they have a module of
+        their own."""
+        if self.drops_predicting and hf_name.startswith(_AHEAD):
+            return True
         ahead = any(config.get(key) for key in PREDICTING) and self.drops_predicting
         found = re.match(r"model\.(mtp_)?layers\.(\d+)\.", hf_name) if ahead else None
         return found is not None and (

@@ -76,6 +76,7 @@ def plan_mlx(
         how, kept = how_to_make(source, encoding, keeps_codes)
         count = (*source.shape, 1)[0]
         own = (source.name,) if source.name != name else spec.to_mlx(name, count)
+        own = tuple(spec.mlx_prefix + part for part in own)
         made, pieces = (name, own) if own[1:] else (own[0], ())
         tensors.append(
             PlannedTensor(

@@ -251,6 +251,8 @@ def _unjoin(
     config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
 ) -> list[SourceTensor]:
     assert isinstance(step, Join)
+    if len(shapes) == 1:  # of another shape by now, it may be
+        return _part(config, step.order, [_size(tensors[0], step.columns)], step.columns, tensors[0])
     # Of matrices the rows, which transposed ones have as their last axis but one by now.
     sizes = [shape[-1] if step.columns or len(shape) == 1 else shape[-2] for shape in shapes]
     return _part(config, step.order, sizes, step.columns, tensors[0])

@@ -8,6 +8,7 @@ from typing import Any
 
 from oracles import (
     architectures,
+    architectures_delta,
     architectures_dense,
     architectures_fused,
     architectures_mla,
@@ -184,7 +185,7 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {}
 for family in (
     *(architectures, architectures_dense, architectures_fused, architectures_mla),
-    architectures_moe,
+    *(architectures_delta, architectures_moe),
 ):
     OWN |= family.OWN
     SAVED |= family.SAVED
