@@ -134,9 +134,9 @@ def tiled(size: int, before: Callable[[Config], int] = lambda config: 0) -> Any:
 
     def order(config: Config, sizes: Sequence[int]) -> np.ndarray:
         delta, first = settings(config), before(config)
-        place = np.arange(delta.value_heads * (size or delta.value_dim))
-        place = place.reshape(delta.key_heads, delta.value_heads // delta.key_heads, -1)
-        return np.concatenate([np.arange(first), first + place.swapaxes(0, 1).ravel()])
+        rows = np.arange(delta.value_heads * (size or delta.value_dim))
+        heads = rows.reshape(delta.key_heads, delta.value_heads // delta.key_heads, -1)
+        return np.concatenate([np.arange(first), first + heads.swapaxes(0, 1).ravel()])
 
     return order
 

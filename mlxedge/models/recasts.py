@@ -130,11 +130,19 @@ class Recast:
 
     @property
     def keeps_columns(self) -> bool:
-        """Whether what is made multiplies the same input."""
-        rows = (
-            isinstance(s, (Join, Split)) and not getattr(s, "columns", False) for s in self.steps
-        )
-        return all(rows)
+        """Whether what is made multiplies the same input, its columns in another order maybe."""
+        joins = [step for step in self.steps if isinstance(step, (Join, Split))]
+        moved = any(isinstance(step, Join) and step.columns for step in joins)
+        return len(joins) == len(self.steps) and (not moved or len(self.canonical) == 1)
+
+    def columns(self, config: Config, count: int) -> np.ndarray | None:
+        """Which of ``count`` columns stands in each place, or ``None`` if they stay."""
+        index = None
+        for step in self.steps if self.keeps_columns else ():
+            if isinstance(step, Join) and step.columns and step.order is not None:
+                order = step.order(config, [count])
+                index = order if index is None else index[order]
+        return index
 
     def keeps(self, number: int) -> bool:
         """Whether the ``number``-th that is made multiplies the input of the first canonical one,
@@ -144,7 +152,8 @@ class Recast:
         steps: list[Step] = []
         for step in self.steps:
             steps += step.steps[number] if isinstance(step, Each) else [step]
-        return all(isinstance(step, (Join, Split, Stack)) for step in steps)
+        rows = (not isinstance(step, Join) or not step.columns for step in steps)
+        return all(rows) and all(isinstance(step, (Join, Split, Stack)) for step in steps)
 
     def matrices(self, number: int, config: Config) -> int:
         """How many matrices the ``number``-th that is made stacks, which were one."""

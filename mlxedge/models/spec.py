@@ -214,6 +214,14 @@ class ModelSpec:
                 ]
         return found
 
+    def columns_in_gguf(self, hf_name: str, config: Config, count: int) -> np.ndarray | None:
+        """Which of ``count`` columns of a canonical matrix stands in each place of the GGUF one, or
+        ``None`` if they stay."""
+        for recast in self.recasts:
+            if recast.world == "gguf" and recast.layer_of(hf_name, recast.canonical) is not None:
+                return recast.columns(config, count)
+        return None
+
     def offset(self, hf_name: str) -> float:
         """What GGUF adds to the values of a Hugging Face tensor."""
         found = (name.offset for pattern, name in self._by_hf if pattern.fullmatch(hf_name))

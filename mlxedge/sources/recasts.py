@@ -80,7 +80,8 @@ def to_world(
         others = recast.at(layer, recast.other)
         for number, (own, one) in enumerate(zip(others, made, strict=True)):
             like = names[0] if recast.keeps(number) else None
-            found[f"{world}:{own}"] = replace(one, name=own, like=like)
+            columns = recast.columns(config, one.cols) if len(one.shape) > 1 else None
+            found[f"{world}:{own}"] = replace(one, name=own, like=like, columns=columns)
     return found
 
 
@@ -252,7 +253,9 @@ def _unjoin(
 ) -> list[SourceTensor]:
     assert isinstance(step, Join)
     if len(shapes) == 1:  # of another shape by now, it may be
-        return _part(config, step.order, [_size(tensors[0], step.columns)], step.columns, tensors[0])
+        return _part(
+            config, step.order, [_size(tensors[0], step.columns)], step.columns, tensors[0]
+        )
     # Of matrices the rows, which transposed ones have as their last axis but one by now.
     sizes = [shape[-1] if step.columns or len(shape) == 1 else shape[-2] for shape in shapes]
     return _part(config, step.order, sizes, step.columns, tensors[0])

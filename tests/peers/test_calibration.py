@@ -61,6 +61,7 @@ OTHERS = (
     "hunyuan_v1_dense",
     "nemotron-biases-three-quarters",
     "minicpm3-unscaled",
+    "qwen3_5_text-tied-every-third-half",
 )
 
 

@@ -23,6 +23,7 @@ OTHERS = (
     *("gpt_oss", "granitemoe", "granitemoeshared", "afmoe", "ernie4_5_moe"),
     *("deepseek_v2-queries-whole", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "minicpm3"),
     "youtu",
+    *("qwen3_next", "qwen3_5_text"),
 )
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "moe_intermediate_size")
 #: Number, as llama-quantize counts.
