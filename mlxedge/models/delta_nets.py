@@ -20,7 +20,7 @@ from mlxedge.models.mixers import gated_attention, gated_delta
 from mlxedge.models.mixers.gated_delta import settings
 from mlxedge.models.names import names
 from mlxedge.models.recasts import Join, Recast, Reshape, Values
-from mlxedge.models.spec import Config, Name
+from mlxedge.models.spec import PREDICTING, Config, Name
 from mlxedge.models.wiring import Wiring
 
 WIRING = Wiring(unit_norm=True, head_norm="head", partial=True)
@@ -170,7 +170,8 @@ def settle(config: Config) -> Config:
     if other := sorted({str(kind)[:40] for kind in kinds if kind not in _MIXERS}):
         raise UnsupportedModelError(f"layers of type {', '.join(other)} are not supported")
     settings(config)
-    return config | {"layer_types": kinds}
+    ahead = {key: 0 for key in (*PREDICTING, "mtp_num_hidden_layers") if key in config}
+    return config | {"layer_types": kinds, **ahead}
 
 
 def _interval(config: Config) -> int | None:
@@ -229,8 +230,8 @@ def gguf(config: Config) -> gv.Metadata:
 
 
 def back(config: Config, get: Get) -> Config:
-    """Without the layers past the last that predict further tokens, which llama.cpp counts."""
-    layers = config["num_hidden_layers"] - int(get("nextn_predict_layers", 0))
+    """``layer_types`` and the sizes of linear attention."""
+    layers = config["num_hidden_layers"]
     interval = int(get(_INTERVAL, DEFAULTS[_INTERVAL]))
     recurrent = get("attention.recurrent_layers")
     if recurrent is None:
@@ -239,7 +240,6 @@ def back(config: Config, get: Get) -> Config:
     if heads < 1:
         raise UnsupportedModelError("the GGUF metadata lacks a positive ssm.time_step_rank")
     return config | {
-        "num_hidden_layers": layers,
         "layer_types": [LINEAR if linear else FULL for linear in recurrent[:layers]],
         "linear_conv_kernel_dim": get("ssm.conv_kernel"),
         "linear_key_head_dim": get("ssm.state_size"),

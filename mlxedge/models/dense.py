@@ -26,7 +26,7 @@ from mlxedge.models.rope_files import (
     rope_values,
     shortest,
 )
-from mlxedge.models.spec import Config, ModelSpec, Name, attention_everywhere
+from mlxedge.models.spec import PREDICTING, Config, ModelSpec, Name, attention_everywhere
 from mlxedge.models.wiring import ACTIVATIONS, NAMES, PRE_NORM, Factors, Wiring, activation_name
 
 if TYPE_CHECKING:
@@ -249,6 +249,8 @@ class Dense:
                 )
             return value
 
+        # llama.cpp counts the layers that predict further tokens.
+        ahead = int(get("nextn_predict_layers", 0)) if self.drops_predicting else 0
         heads = need("attention.head_count")
         hidden = need("embedding_length")
         tokens = metadata.get("tokenizer.ggml.tokens")
@@ -263,7 +265,7 @@ class Dense:
             "hidden_act": (self.nearly and get("hidden_activation")) or self.wiring.activation,
             "hidden_size": hidden,
             "intermediate_size": need(self._width_key(get)),
-            "num_hidden_layers": need("block_count"),
+            "num_hidden_layers": need("block_count") - ahead,
             "num_attention_heads": heads,
             "num_key_value_heads": get("attention.head_count_kv") or heads,
             "head_dim": head_dim,
@@ -272,6 +274,8 @@ class Dense:
             "vocab_size": vocab,
             **self.fixed,
         }
+        if ahead:
+            config[PREDICTING[0]] = ahead
         for key in self.keys:
             value = get(key.gguf, key.default)
             value = None if value == key.none else value

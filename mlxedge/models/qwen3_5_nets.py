@@ -58,7 +58,6 @@ def qwen3_5(
 
     def settle(config: Config) -> Config:
         config = nets.settle(config)
-        config = config | {k: 0 for k in ("mtp_num_hidden_layers",) if k in config}
         return config | ({"norm_topk_prob": True} if experts else {})
 
     def check(config: Config, runtime: str) -> list[str]:

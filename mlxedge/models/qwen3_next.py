@@ -55,6 +55,7 @@ SPEC = Dense(
         Recast("gguf", (B, A), ("blk.{i}.ssm_ba.weight",), (_BA,)),
         Recast("gguf", (A_LOG,), ("blk.{i}.ssm_a",), (nets.RATE,)),
         Recast("gguf", (CONV,), ("blk.{i}.ssm_conv1d.weight",), (nets.FLAT,)),
+        Recast("gguf", _JOINED[0], ("blk.{i}.ssm_in.weight",), _JOINED[2], written=False),
     ),
     drops_predicting=True,
     settles=nets.settle,

@@ -107,6 +107,7 @@ class Recast:
     Both are names with ``{i}`` for the layer, ``other`` those of the world. It serves wherever all
     the tensors of one side are there, ``when`` the config says so. ``exact``: what is made stays
     f32 whatever becomes of others.
+    One that is not ``written`` is how a world has been before, and read alone.
     """
 
     world: World
@@ -115,6 +116,7 @@ class Recast:
     steps: tuple[Step, ...]
     exact: bool = False
     when: Callable[[Config], bool] = lambda config: True
+    written: bool = True
 
     @cached_property
     def _patterns(self) -> Mapping[str, re.Pattern[str]]:

@@ -188,7 +188,8 @@ class ModelSpec:
     def input_in_gguf(self, hf_name: str) -> tuple[str, ...]:
         """The GGUF matrices that have the input of a canonical one."""
         for recast in self.recasts:
-            layer = recast.layer_of(hf_name, recast.canonical) if recast.world == "gguf" else None
+            mine = recast.world == "gguf" and recast.written
+            layer = recast.layer_of(hf_name, recast.canonical) if mine else None
             if layer is not None:
                 others = recast.at(layer, recast.other)
                 return tuple(own for n, own in enumerate(others) if recast.keeps(n))
@@ -218,7 +219,8 @@ class ModelSpec:
         """Which of ``count`` columns of a canonical matrix stands in each place of the GGUF one, or
         ``None`` if they stay."""
         for recast in self.recasts:
-            if recast.world == "gguf" and recast.layer_of(hf_name, recast.canonical) is not None:
+            mine = recast.world == "gguf" and recast.written
+            if mine and recast.layer_of(hf_name, recast.canonical) is not None:
                 return recast.columns(config, count)
         return None
 
@@ -374,13 +376,13 @@ class ModelSpec:
         return any(re.fullmatch(pattern, hf_name) for pattern in self.ignored)
 
     def predicts(self, hf_name: str, config: Config) -> bool:
-        """Whether a source tensor is of layers past the last, which predict further tokens and are
-        dropped; ``config`` says that there are some (``PREDICTING``), or they have a module of
-        their own."""
+        """Whether a source tensor, in GGUF by its name there, is of layers past the last, which
+        predict further tokens and are dropped; ``config`` says that there are some
+        (``PREDICTING``), or they have a module of their own."""
         if self.drops_predicting and hf_name.startswith(_AHEAD):
             return True
         ahead = any(config.get(key) for key in PREDICTING) and self.drops_predicting
-        found = re.match(r"model\.(mtp_)?layers\.(\d+)\.", hf_name) if ahead else None
+        found = re.match(r"(?:model\.(mtp_)?layers|blk)\.(\d+)\.", hf_name) if ahead else None
         return found is not None and (
             found[1] is not None or int(found[2]) >= config["num_hidden_layers"]
         )

@@ -178,7 +178,9 @@ def _tensors(
         file = files[tensor.part]
         if tensor.name in spec.gguf_only:
             continue
-        found = spec.from_gguf(tensor.name)
+        # What is left out in the end keeps its name until then.
+        ahead = spec.predicts(tensor.name, config)
+        found = (tensor.name, "same") if ahead else spec.from_gguf(tensor.name)
         if found is None:
             unknown.append(tensor.name)
             continue

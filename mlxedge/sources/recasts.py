@@ -55,7 +55,9 @@ def to_world(
     chosen: dict[str, tuple[Recast, str]] = {}
     for name in tensors:
         for recast in spec.recasts:
-            if recast.world != world or name in chosen or not recast.when(config):
+            if recast.world != world or name in chosen:
+                continue
+            if not recast.written or not recast.when(config):
                 continue
             layer = recast.layer_of(name, recast.canonical)
             if layer is None:
