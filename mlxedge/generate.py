@@ -17,7 +17,7 @@ from mlxedge.engines.base import check_tokens
 from mlxedge.errors import TokenizerError, UsageError
 from mlxedge.models.shape import shape_of
 from mlxedge.ops import BACKENDS, default_backend
-from mlxedge.prepare import check_weights, prepare
+from mlxedge.prepare import check_weights, prepare, text_part
 from mlxedge.sampling import Sampling
 from mlxedge.sources.checkpoint import Checkpoint
 
@@ -291,6 +291,8 @@ def load(
             # Our forward pass would take any weights with llama's names; mlx-lm knows its own.
             spec, checkpoint = prepare(checkpoint)
             check_weights(spec, checkpoint)
+        else:
+            checkpoint = text_part(checkpoint)
         return Model(checkpoint, chosen, threads)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.engines.base import check_tokens
 from mlxedge.errors import BackendError, UsageError
-from mlxedge.models import spec_for
+from mlxedge.models import normalise, spec_for
+from mlxedge.prepare import text_part
 from mlxedge.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -56,15 +57,20 @@ class MlxLmEngine:
                 "convert it first (mlxedge convert … --to mlx:4bit), or use engine numpy"
             )
         from mlx_lm.models.cache import make_prompt_cache
-        from mlx_lm.utils import load_model
+        from mlx_lm.utils import load_config, load_model
 
-        config = checkpoint.config
-        # mlx-lm reads one style of rope settings only; what it is given has both.
-        config = spec_for(config).mlx_config(config)
+        path = checkpoint.origin.path
+        text = text_part(checkpoint)
+        spec = spec_for(text.config)
+        config = spec.settle(normalise(text.config, text.tensors))
         try:
-            self._model, _ = load_model(checkpoint.origin.path, model_config=config)
+            # mlx-lm reads one style of rope settings only; what it is given has both. A model that
+            # sees as well it knows by its own config, or takes the language model out.
+            alone = load_config(path).get("model_type") == config["model_type"]
+            given = spec.mlx_config(config) if alone or spec.mlx_prefix else {}
+            self._model, _ = load_model(path, model_config=given)
         except Exception as error:
-            raise BackendError(f"mlx-lm cannot load {checkpoint.origin.path}: {error}") from error
+            raise BackendError(f"mlx-lm cannot load {path}: {error}") from error
         self._make_cache = make_prompt_cache
         self._vocab, self._context = int(config["vocab_size"]), context
 

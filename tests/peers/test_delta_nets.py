@@ -181,6 +181,9 @@ def test_the_language_model_of_one_that_sees(kind: str, tmp_path: Path) -> None:
     made = load(str(tmp_path / "source-mlx-4bit"))[0]
     found = np.array(made(mx.array([TOKENS]))[0].astype(mx.float32))
     agree(ours(tmp_path / "source-mlx-4bit"), found, 0.02)
+    for folder in (source, tmp_path / "source-mlx-f32", tmp_path / "source-hf-f32"):
+        with mlxedge.load(folder, engine="mlx") as model:
+            agree(model.logits(TOKENS), truth)
 
 
 def test_layers_that_predict_ahead_are_left_out(tmp_path: Path) -> None:
