@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from mlxedge.engines.base import check_tokens
 from mlxedge.errors import BackendError, UsageError
 from mlxedge.models import normalise, spec_for
-from mlxedge.prepare import text_part
 from mlxedge.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -39,7 +38,8 @@ class MlxState:
 
 
 class MlxLmEngine:
-    """Implements ``Engine`` on a Hugging Face or MLX folder.
+    """Implements ``Engine`` on a Hugging Face or MLX folder; of a model that sees as well the
+    ``checkpoint`` is the language model (``mlxedge.prepare.text_part``).
 
     Raises BackendError if mlx-lm is not installed or cannot load the folder, UsageError for a
     checkpoint that is no folder.
@@ -60,9 +60,8 @@ class MlxLmEngine:
         from mlx_lm.utils import load_config, load_model
 
         path = checkpoint.origin.path
-        text = text_part(checkpoint)
-        spec = spec_for(text.config)
-        config = spec.settle(normalise(text.config, text.tensors))
+        spec = spec_for(checkpoint.config)
+        config = spec.settle(normalise(checkpoint.config, checkpoint.tensors))
         try:
             # mlx-lm reads one style of rope settings only; what it is given has both. A model that
             # sees as well it knows by its own config, or takes the language model out.

@@ -180,11 +180,11 @@ def _tensors(
             continue
         # What is left out in the end keeps its name until then.
         ahead = spec.predicts(tensor.name, config)
-        found = (tensor.name, "same") if ahead else spec.from_gguf(tensor.name)
-        if found is None:
+        found = None if ahead else spec.from_gguf(tensor.name)
+        if found is None and not ahead:
             unknown.append(tensor.name)
             continue
-        name, order = found
+        name, order = found or (tensor.name, "same")
         if tensor.encoding.family == "plain" and tensor.encoding not in PLAIN.values():
             raise UnsupportedEncodingError(
                 f"{file.path}: tensor {shown(tensor.name)} is {tensor.encoding}; weights must be "
