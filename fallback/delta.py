@@ -43,7 +43,7 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 #: Fields of the step that makes unit vectors and decays, after the function's address.
 _PART, _FROM, _HEADS, _SIZE, _SCALE, _EPSILON = (8 * i for i in range(1, 7))
-_A, _B, _RATE, _BIAS, _COUNT, _BETAS = (8 * i for i in range(1, 7))
+_A, _B, _RATE, _BIAS, _COUNT, _BETAS, _MOST = (8 * i for i in range(1, 8))
 #: Fields of the recurrence.
 (
     _NUMBER, _Q, _K, _V, _DECAY, _BETA, _GATE, _OUT, _SLOT, _KEY_HEADS, _VALUE_HEADS, _KEY_DIM,
@@ -69,13 +69,14 @@ def _unit(step: int, frame: int, thread: int) -> None:
 
 
 def _decay(step: int, frame: int, thread: int) -> None:
-    """a = exp(rate · softplus(a + bias)) and b = sigmoid(b), in place; there may be several of a to
-    one rate, each with a bias of its own."""
+    """a = exp(rate · softplus(a + bias)) and b = most · sigmoid(b), in place; there may be several
+    of a to one rate, each with a bias of its own."""
     buffer, other = frame + get_i64(step + _A), frame + get_i64(step + _B)
     a, a_row = get_i64(buffer + BUFFER), get_i64(buffer + BUFFER_ROW)
     b, b_row = get_i64(other + BUFFER), get_i64(other + BUFFER_ROW)
     rate, bias = get_i64(step + _RATE), get_i64(step + _BIAS)
     count, betas = get_i64(step + _COUNT), get_i64(step + _BETAS)
+    most = float(get_f32(step + _MOST))
     n, threads = get_i64(frame + N), get_i64(frame + THREADS)
     each = count // betas
     for unit in range(thread, n * count, threads):
@@ -86,7 +87,7 @@ def _decay(step: int, frame: int, thread: int) -> None:
         put_f32(p, np.float32(math.exp(float(get_f32(rate + 4 * (d // each))) * soft)))
     for unit in range(thread, n * betas, threads):
         p = b + unit // betas * b_row + 4 * (unit % betas)
-        put_f32(p, np.float32(1.0 / (1.0 + math.exp(-float(get_f32(p))))))
+        put_f32(p, np.float32(most / (1.0 + math.exp(-float(get_f32(p))))))
 
 
 @inline

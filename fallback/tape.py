@@ -524,6 +524,7 @@ class Tape:
         norm: np.ndarray,
         epsilon: float,
         activation: Activation = "silu",
+        beta: float = 1.0,
     ) -> int:
         """out = RMSNorm(the gated delta rule of q, k and v) · activation(gate), head by head;
         returns the slot of its state. See :mod:`mlxedge.fallback.delta`.
@@ -531,8 +532,8 @@ class Tape:
         Heads of keys, each for as many neighbouring heads of values, become unit vectors in place,
         and q is divided by the root of their size. The decay is exp(``rate`` · softplus(a +
         ``bias``)), with a rate f32 ``[value_heads]`` and an ``a`` for each head of values, or for
-        each dimension of its keys, beta the sigmoid of b; both in place. ``norm`` f32
-        ``[value_dim]`` and ``epsilon`` are the norm's.
+        each dimension of its keys; what is wrong is corrected by ``beta`` · sigmoid(b). ``norm``
+        f32 ``[value_dim]`` and ``epsilon`` are the norm's.
 
         Raises UsageError for sizes that do not fit.
         """
@@ -546,9 +547,8 @@ class Tape:
             fields = buffer.offset, 4 * first, key_heads, size, _bits(scale), _bits(delta.EPSILON)
             self._record(delta.delta_kernel("unit"), *fields)
         vectors = self._vector(rate), self._vector(bias)
-        self._record(
-            delta.delta_kernel("decay"), a.offset, b.offset, *vectors, a.width, value_heads
-        )
+        fields = a.offset, b.offset, *vectors, a.width, value_heads, _bits(beta)
+        self._record(delta.delta_kernel("decay"), *fields)
         slot = self.state(delta.state_cells(value_heads, size, width))
         self._record(
             delta.delta_kernel("recur"), len(self._steps),

@@ -78,9 +78,11 @@ class Scale:
 @dataclass(frozen=True)
 class Reshape:
     """The same elements in another shape, which ``there`` makes of ours; of small tensors, which
-    are read whole. The way back leads to the shape that the architecture expects."""
+    are read whole. The way back leads to the shape that the architecture expects; where it goes on
+    from there, to that which ``back`` makes."""
 
     there: Callable[[tuple[int, ...]], tuple[int, ...]]
+    back: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)

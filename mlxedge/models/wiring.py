@@ -48,6 +48,8 @@ class Wiring:
     - ``qkv_fused``: q, k and v are one matrix.
     - ``head_norm``: a norm of q and k, over each head, over all heads together ("width"), or over
       each head after the rotation ("last"); always RMSNorm but if ``layer_norm``.
+    - ``apart``: what layers of a mixer have instead of this, by its name; of it only the norms of
+      the stream count.
     - ``neighbours``: rotation turns neighbouring dimensions against each other, not the two halves
       of a head; ``partial``: only a part of each head may turn.
     - ``sinks``: each head has a score of nothing, which takes its share of attention.
@@ -69,6 +71,11 @@ class Wiring:
     neighbours: bool = False
     partial: bool = False
     sinks: bool = False
+    apart: tuple[tuple[str, Wiring], ...] = ()
+
+    def of(self, mixer: str) -> Wiring:
+        """That of the layers with this mixer."""
+        return next((wiring for name, wiring in self.apart if name == mixer), self)
 
 
 #: llama's.

@@ -347,6 +347,9 @@ def _reshape(config: Config, step: Step, tensors: list[SourceTensor]) -> list[So
 def _shape_back(
     config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
 ) -> list[SourceTensor]:
+    assert isinstance(step, Reshape)
+    if step.back is not None:
+        return [_shaped(tensor, step.back(tensor.shape)) for tensor in tensors]
     return [_shaped(tensor, shape) for tensor, shape in zip(tensors, shapes, strict=True)]
 
 

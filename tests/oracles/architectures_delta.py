@@ -141,6 +141,24 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         {"mlx": "full attention in every so many layers"},
     ),
+    "olmo_hybrid": (
+        {"model_type": "olmo_hybrid", "num_hidden_layers": 5},
+        {"gguf": "llama.cpp does not have this architecture"},
+    ),
+    "olmo_hybrid-still-tied-biases": (
+        {
+            "model_type": "olmo_hybrid",
+            "num_hidden_layers": 3,
+            "layer_types": [FULL, LINEAR, LINEAR],
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_allow_neg_eigval": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": None},
+        },
+        {"gguf": "llama.cpp does not have this architecture"},
+    ),
 }
 
 #: What is not read at all: type and settings, and the reason.

@@ -15,6 +15,7 @@ from oracles.checkpoints import SAVED, SIZES, write_checkpoint
 from oracles.llama_cpp import LlamaCpp
 from oracles.llama_quantize import Options, quantize
 from oracles.tiny import SENTENCES, write_tokenizer
+from peers.test_logits import transformers_logits
 from safetensors.numpy import load_file, save_file
 
 import mlxedge
@@ -295,3 +296,29 @@ def test_configs_that_make_no_sense(changed: dict[str, Any], says: str, tmp_path
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changed), "utf-8")
     with pytest.raises(mlxedge.errors.UnsupportedModelError, match=says):
         mlxedge.convert(folder, "mlx:4bit", tmp_path / "out")
+
+
+@pytest.mark.parametrize("still", [False, True], ids=["rotates", "does not rotate"])
+def test_olmo_hybrid_both_ways(still: bool, tmp_path: Path) -> None:
+    """By way of MLX, whose runtime alone has it, and quantized there; and as the Hub has it, with
+    convolutions of the sizes of q, k and v, where transformers cuts them in three equal parts."""
+    import mlx.core as mx
+    from mlx_lm import load
+
+    rope = {"rope_type": "default", "rope_theta": None if still else 5e5}
+    source = write_checkpoint(
+        tmp_path / "source", "olmo_hybrid", num_hidden_layers=4, rope_parameters=rope
+    )
+    truth = ours(source)
+    mlxedge.convert(source, ["mlx:f32", "mlx:4bit", "hf:f32"], tmp_path)
+    mlxedge.convert(tmp_path / "source-mlx-f32", "hf:f32", tmp_path / "back")
+    for name in ("source-mlx-f32", "source-hf-f32", "back"):
+        np.testing.assert_array_equal(ours(tmp_path / name), truth)
+    agree(transformers_logits(tmp_path / "back"), transformers_logits(source), 1e-6)
+    weights = load_file(tmp_path / "back" / "model.safetensors")
+    sizes = [weights[f"model.layers.0.linear_attn.{p}_conv1d.weight"].shape for p in "qkv"]
+    assert sizes == [(96, 1, 4), (96, 1, 4), (192, 1, 4)]
+    made = load(str(tmp_path / "source-mlx-4bit"))[0]
+    found = np.array(made(mx.array([TOKENS]))[0].astype(mx.float32))
+    agree(ours(tmp_path / "source-mlx-4bit"), found, 0.02)
+    assert np.corrcoef(found.ravel(), truth.ravel())[0, 1] > 0.5

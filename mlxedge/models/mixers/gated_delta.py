@@ -78,6 +78,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
     delta = settings(config)
     return {
         "delta_channels": delta.channels,
+        "delta_keys": delta.keys,
         "delta_values": delta.values,
         "delta_heads": delta.value_heads,
         "delta_head": delta.value_dim,
