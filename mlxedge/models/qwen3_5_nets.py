@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlxedge import gguf_values as gv
+from mlxedge.errors import UnsupportedModelError
 from mlxedge.models import delta_nets as nets
 from mlxedge.models.dense import Dense, Get
 from mlxedge.models.experts import Experts
@@ -16,8 +17,10 @@ _DEFAULT_SECTIONS = [11, 11, 10]
 
 def _sections(config: Config) -> list[int]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    given = rope.get("mrope_section")
-    return [*(given if isinstance(given, list) else _DEFAULT_SECTIONS), 0, 0, 0, 0][:4]
+    given = rope.get("mrope_section") or _DEFAULT_SECTIONS
+    if not isinstance(given, list) or any(type(n) is not int or n < 0 for n in given):
+        raise UnsupportedModelError(f"mrope_section is {str(given)[:40]!r}, not a list of numbers")
+    return [*given, 0, 0, 0, 0][:4]
 
 
 def _every_pair_turns(config: Config) -> bool:
@@ -58,6 +61,7 @@ def qwen3_5(
 
     def settle(config: Config) -> Config:
         config = nets.settle(config)
+        _sections(config)
         return config | ({"norm_topk_prob": True} if experts else {})
 
     def check(config: Config, runtime: str) -> list[str]:

@@ -288,6 +288,7 @@ def test_published_configs_say_less(tmp_path: Path) -> None:
         ({"linear_key_head_dim": "32"}, "linear_key_head_dim .'32'."),
         ({"full_attention_interval": 0}, "full_attention_interval is '0'"),
         ({"layer_types": ["sliding_attention"] * 4}, "layers of type sliding_attention"),
+        ({"rope_parameters": {"rope_theta": 1e4, "mrope_section": ["a"]}}, "mrope_section is"),
     ],
 )
 def test_configs_that_make_no_sense(changed: dict[str, Any], says: str, tmp_path: Path) -> None:
