@@ -129,6 +129,7 @@ def test_expected_tensors_are_those_of_transformers(model_type: str, tmp_path: P
         spec, checkpoint = prepare(opened)
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         assert spec.expected(checkpoint.config) == shapes
+
         # And back: by the names that transformers gave them, or several in one.
         def named(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
             return spec.to_stored(name, (*shape, 1)[0])
