@@ -22,10 +22,6 @@ class Mixer(Protocol):
         """What the words in the shapes of its tensors stand for, beside those of
         ``ModelSpec.sizes``."""
 
-    def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
-        """What the words in the shapes of its tensors stand for, beside those of
-        ``ModelSpec.sizes``."""
-
     def groups(self, shape: Shape, layer: int) -> list[tuple[str, ...]]:
         """The modules within a layer that hold its matrices, those together that have the same
         input, in the order in which they compute. The last one projects onto the stream."""
