@@ -258,6 +258,9 @@ class Dense:
         if not vocab:
             raise TokenizerError("the GGUF metadata says neither vocab_size nor the tokens")
         head_dim = get("attention.key_length") or hidden // heads
+        kv_heads = get("attention.head_count_kv", heads)
+        if not isinstance(kv_heads, int):  # of each layer, 0 where there is no attention
+            kv_heads = int(max(kv_heads))
         rope = rope_from_gguf(get, extra, head_dim, self.wiring.partial)
         config: Config = {
             "model_type": self.model_type,
@@ -267,7 +270,7 @@ class Dense:
             "intermediate_size": need(self._width_key(get)),
             "num_hidden_layers": need("block_count") - ahead,
             "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv") or heads,
+            "num_key_value_heads": kv_heads or heads,
             "head_dim": head_dim,
             "max_position_embeddings": get("context_length", 2048),
             self.epsilon: shortest(get(self._epsilon_key, 1e-6)),

@@ -31,6 +31,21 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_next": _HEADS | _EXPERTS,
     "qwen3_5_text": _HEADS,
     "qwen3_5_moe_text": _HEADS | _EXPERTS,
+    "kimi_linear": {
+        # The runtimes take it for the norms of latents as well, transformers 1e-6.
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 40,
+        "linear_head_dim": 32,
+        "linear_num_heads": 4,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "n_shared_experts": 2,
+    },
 }
 SAVED: dict[str, dict[str, Any]] = {
     "qwen3_next": {"model_type": "qwen3_next", "num_hidden_layers": 4},
@@ -59,6 +74,16 @@ SAVED: dict[str, dict[str, Any]] = {
         },
     },
     "qwen3_5_moe_text": {"model_type": "qwen3_5_moe_text", "num_hidden_layers": 4},
+    "kimi_linear": {"model_type": "kimi_linear", "num_hidden_layers": 5},
+    "kimi_linear-two-dense": {
+        "model_type": "kimi_linear",
+        "num_hidden_layers": 4,
+        "layer_types": [FULL, LINEAR, LINEAR, FULL],
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+        "linear_conv_kernel_dim": 3,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.5,
+    },
 }
 #: Type and settings, and of the runtime that refuses the reason.
 PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -158,6 +183,20 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": None},
         },
         {"gguf": "llama.cpp does not have this architecture"},
+    ),
+    "kimi_linear-ranks-heads": (
+        {
+            "model_type": "kimi_linear",
+            "num_hidden_layers": 2,
+            "layer_types": [LINEAR, FULL],
+            "q_lora_rank": 48,
+            "linear_num_heads": 2,
+            "norm_topk_prob": False,
+        },
+        {
+            "gguf": "no latents of queries.*as many heads of both kinds.*norm_topk_prob is false",
+            "mlx": "no latents of queries",
+        },
     ),
 }
 

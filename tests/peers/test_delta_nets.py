@@ -323,3 +323,55 @@ def test_olmo_hybrid_both_ways(still: bool, tmp_path: Path) -> None:
     found = np.array(made(mx.array([TOKENS]))[0].astype(mx.float32))
     agree(ours(tmp_path / "source-mlx-4bit"), found, 0.02)
     assert np.corrcoef(found.ravel(), truth.ravel())[0, 1] > 0.5
+
+
+def test_published_configs_of_kimi_linear(tmp_path: Path) -> None:
+    """Its layers and sizes of linear attention stand in a part of their own, and dense layers as
+    how many there are; convolutions of GGUF files have more axes."""
+    folder = write_checkpoint(tmp_path / "source", "kimi_linear", num_hidden_layers=5)
+    truth = ours(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    assert config.pop("layer_types")[3:] == [LINEAR, FULL]
+    for key in ("linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim", "qk_head_dim"):
+        del config[key]
+    del config["mlp_layer_types"]
+    older = {
+        "first_k_dense_replace": 1,
+        "head_dim": 72,
+        "linear_attn_config": {
+            "full_attn_layers": [5],
+            "kda_layers": [1, 2, 3, 4],
+            "head_dim": 32,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+        },
+        "mla_use_nope": True,
+        "moe_router_activation_func": "sigmoid",
+        "moe_layer_freq": 1,
+        "rope_theta": 10000.0,
+        "use_grouped_topk": True,
+    }
+    path.write_text(json.dumps(config | older), "utf-8")
+    weights = load_file(folder / "model.safetensors")
+    renamed = {
+        n.replace("layers.0.block_sparse_moe", "layers.0.mlp"): w for n, w in weights.items()
+    }
+    assert set(renamed) != set(weights)
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    np.testing.assert_array_equal(ours(folder), truth)
+
+    mlxedge.convert(folder, "gguf:f32", tmp_path)
+
+    def change(metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        for name, values in tensors.items():
+            if "conv1d" in name:
+                tensors[name] = values.reshape(1, 128, 1, 4)
+            if name.endswith("ssm_a"):
+                tensors[name] = values.reshape(1, 1, 4, 1)
+
+    rewritten(tmp_path / "source-F32.gguf", tmp_path / "other.gguf", change)
+    agree(ours(tmp_path / "other.gguf"), truth)
+    path.write_text(json.dumps(config | older | {"num_expert_group": 2}), "utf-8")
+    with pytest.raises(mlxedge.errors.UnsupportedModelError, match="n_group '2' is not supported"):
+        ours(folder)
