@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlxedge.models.mixers.attention import attend, settings
+from mlxedge.models.mixers.attention import attend, settings, sizes
 
 if TYPE_CHECKING:
     from mlxedge.models.graph import Graph
     from mlxedge.models.shape import Shape
 
-__all__ = ["groups", "record", "settings"]
+__all__ = ["groups", "record", "settings", "sizes"]
 
 _INPUTS = tuple(f"self_attn.{part}_proj" for part in ("q", "k", "v", "gate"))
 
