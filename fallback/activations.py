@@ -75,6 +75,4 @@ def activate(kind: int, v: Any, numbers: int) -> Any:
         return spread(_ONE) / (exp(v * -_ONE) + _ONE)
     if kind == _XIELU:
         return _xielu(v, numbers)
-    if kind == _SIGMOID:
-        return spread(_ONE) / (exp(v * -_ONE) + _ONE)
     return _silu(v)
