@@ -40,7 +40,8 @@ class MlxState:
 
 
 class MlxLmEngine:
-    """Implements ``Engine`` on a Hugging Face or MLX folder.
+    """Implements ``Engine`` on a Hugging Face or MLX folder; of a model that sees as well the
+    ``checkpoint`` is the language model (``mlxedge.prepare.text_part``).
 
     Raises BackendError if mlx-lm is not installed or cannot load the folder, UsageError for a
     checkpoint that is no folder.
@@ -58,21 +59,24 @@ class MlxLmEngine:
                 "convert it first (mlxedge convert … --to mlx:4bit), or use engine numpy"
             )
         from mlx_lm.models.cache import make_prompt_cache
-        from mlx_lm.utils import load_model
+        from mlx_lm.utils import load_config, load_model
 
+        path = checkpoint.origin.path
         spec = spec_for(checkpoint.config)
         if checkpoint.origin.kind == "hf" and not spec.mlx_reads_stored:
             raise UsageError(
-                f"mlx-lm reads {spec.model_type} right from an MLX folder only: convert "
-                f"{checkpoint.origin.path} first (mlxedge convert … --to mlx:4bit), or use engine "
-                "numpy"
+                f"mlx-lm reads {spec.model_type} right from an MLX folder only: convert {path} "
+                "first (mlxedge convert … --to mlx:4bit), or use engine numpy"
             )
-        # mlx-lm reads one style of rope settings only; what it is given has both.
-        config = spec.mlx_config(spec.settle(normalise(checkpoint.config, checkpoint.tensors)))
+        config = spec.settle(normalise(checkpoint.config, checkpoint.tensors))
         try:
-            self._model, _ = load_model(checkpoint.origin.path, model_config=config)
+            # mlx-lm reads one style of rope settings only; what it is given has both. A model that
+            # sees as well it knows by its own config, or takes the language model out.
+            alone = load_config(path).get("model_type") == config["model_type"]
+            given = spec.mlx_config(config) if alone or spec.mlx_prefix else {}
+            self._model, _ = load_model(path, model_config=given)
         except Exception as error:
-            raise BackendError(f"mlx-lm cannot load {checkpoint.origin.path}: {error}") from error
+            raise BackendError(f"mlx-lm cannot load {path}: {error}") from error
         self._make_cache = make_prompt_cache
         self._vocab, self._context = int(config["vocab_size"]), context
 
