@@ -49,7 +49,8 @@ class MlxLmEngine:
     name = "mlx"
     threads: int | None = None
 
-    def __init__(self, checkpoint: Checkpoint, context: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, text: Checkpoint, context: int) -> None:
+        """``text`` is the language model of the checkpoint, which is itself where it is no more."""
         if importlib.util.find_spec("mlx_lm") is None:
             raise BackendError("engine mlx needs mlx-lm: pip install 'mlxedge[mlx]'")
         if checkpoint.origin.kind not in ("hf", "mlx"):
@@ -60,17 +61,19 @@ class MlxLmEngine:
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.utils import load_model
 
-        spec = spec_for(checkpoint.config)
-        if checkpoint.origin.kind == "hf" and not spec.mlx_reads_stored:
+        spec, whole = spec_for(text.config), text is not checkpoint
+        if not whole and checkpoint.origin.kind == "hf" and not spec.mlx_reads_stored:
             raise UsageError(
                 f"mlx-lm reads {spec.model_type} right from an MLX folder only: convert "
                 f"{checkpoint.origin.path} first (mlxedge convert … --to mlx:4bit), or use engine "
                 "numpy"
             )
-        # mlx-lm reads one style of rope settings only; what it is given has both.
-        config = spec.mlx_config(spec.settle(normalise(checkpoint.config, checkpoint.tensors)))
+        # mlx-lm reads one style of rope settings only; what it is given has both. A model that sees
+        # or hears as well is one of its own types.
+        config = spec.settle(normalise(text.config, text.tensors))
+        given = {} if whole else spec.mlx_config(config)
         try:
-            self._model, _ = load_model(checkpoint.origin.path, model_config=config)
+            self._model, _ = load_model(checkpoint.origin.path, model_config=given)
         except Exception as error:
             raise BackendError(f"mlx-lm cannot load {checkpoint.origin.path}: {error}") from error
         self._make_cache = make_prompt_cache
