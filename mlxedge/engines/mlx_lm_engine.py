@@ -40,8 +40,8 @@ class MlxState:
 
 
 class MlxLmEngine:
-    """Implements ``Engine`` on a Hugging Face or MLX folder; of a model that sees as well the
-    ``checkpoint`` is the language model (``mlxedge.prepare.text_part``).
+    """Implements ``Engine`` on a Hugging Face or MLX folder; of a model that sees or hears as well
+    ``text`` is the language model (``mlxedge.prepare.text_part``).
 
     Raises BackendError if mlx-lm is not installed or cannot load the folder, UsageError for a
     checkpoint that is no folder.
@@ -50,7 +50,8 @@ class MlxLmEngine:
     name = "mlx"
     threads: int | None = None
 
-    def __init__(self, checkpoint: Checkpoint, context: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, text: Checkpoint, context: int) -> None:
+        """``text`` is the language model of the checkpoint, which is itself where it is no more."""
         if importlib.util.find_spec("mlx_lm") is None:
             raise BackendError("engine mlx needs mlx-lm: pip install 'mlxedge[mlx]'")
         if checkpoint.origin.kind not in ("hf", "mlx"):
@@ -59,21 +60,20 @@ class MlxLmEngine:
                 "convert it first (mlxedge convert … --to mlx:4bit), or use engine numpy"
             )
         from mlx_lm.models.cache import make_prompt_cache
-        from mlx_lm.utils import load_config, load_model
+        from mlx_lm.utils import load_model
 
         path = checkpoint.origin.path
-        spec = spec_for(checkpoint.config)
-        if checkpoint.origin.kind == "hf" and not spec.mlx_reads_stored:
+        spec, whole = spec_for(text.config), text is not checkpoint
+        if not whole and checkpoint.origin.kind == "hf" and not spec.mlx_reads_stored:
             raise UsageError(
                 f"mlx-lm reads {spec.model_type} right from an MLX folder only: convert {path} "
                 "first (mlxedge convert … --to mlx:4bit), or use engine numpy"
             )
-        config = spec.settle(normalise(checkpoint.config, checkpoint.tensors))
+        # mlx-lm reads one style of rope settings only; what it is given has both. A model that sees
+        # or hears as well it knows by its own config, or takes the language model out.
+        config = spec.settle(normalise(text.config, text.tensors))
+        given = {} if whole and not spec.mlx_prefix else spec.mlx_config(config)
         try:
-            # mlx-lm reads one style of rope settings only; what it is given has both. A model that
-            # sees as well it knows by its own config, or takes the language model out.
-            alone = load_config(path).get("model_type") == config["model_type"]
-            given = spec.mlx_config(config) if alone or spec.mlx_prefix else {}
             self._model, _ = load_model(path, model_config=given)
         except Exception as error:
             raise BackendError(f"mlx-lm cannot load {path}: {error}") from error
