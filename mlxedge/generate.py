@@ -166,7 +166,7 @@ class Model:
 
     def __init__(self, checkpoint: Checkpoint, engine: str, threads: int | None) -> None:
         self.name = checkpoint.name
-        self.config = text_part(checkpoint).config
+        self.config = checkpoint.config
         self.origin = checkpoint.origin
         self.engine = engine
         longest = int(self.config.get("max_position_embeddings") or 2048)
@@ -320,7 +320,7 @@ def _numpy(checkpoint: Checkpoint, context: int, threads: int | None) -> Engine:
 def _mlx(checkpoint: Checkpoint, context: int, threads: int | None) -> Engine:
     from mlxedge.engines.mlx_lm_engine import MlxLmEngine
 
-    return MlxLmEngine(checkpoint, text_part(checkpoint), context)
+    return MlxLmEngine(checkpoint, context)
 
 
 _ENGINES = {"numpy": _numpy, "mlx": _mlx}

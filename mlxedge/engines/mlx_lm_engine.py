@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.engines.base import check_tokens
 from mlxedge.errors import BackendError, UsageError
-from mlxedge.models import normalise, spec_for
+from mlxedge.models import known_model_types, normalise, spec_for
 from mlxedge.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class MlxState:
 
 class MlxLmEngine:
     """Implements ``Engine`` on a Hugging Face or MLX folder; of a model that sees or hears as well
-    ``text`` is the language model (``mlxedge.prepare.text_part``).
+    ``checkpoint`` is the language model (``mlxedge.prepare.text_part``).
 
     Raises BackendError if mlx-lm is not installed or cannot load the folder, UsageError for a
     checkpoint that is no folder.
@@ -50,8 +50,7 @@ class MlxLmEngine:
     name = "mlx"
     threads: int | None = None
 
-    def __init__(self, checkpoint: Checkpoint, text: Checkpoint, context: int) -> None:
-        """``text`` is the language model of the checkpoint, which is itself where it is no more."""
+    def __init__(self, checkpoint: Checkpoint, context: int) -> None:
         if importlib.util.find_spec("mlx_lm") is None:
             raise BackendError("engine mlx needs mlx-lm: pip install 'mlxedge[mlx]'")
         if checkpoint.origin.kind not in ("hf", "mlx"):
@@ -60,10 +59,11 @@ class MlxLmEngine:
                 "convert it first (mlxedge convert … --to mlx:4bit), or use engine numpy"
             )
         from mlx_lm.models.cache import make_prompt_cache
-        from mlx_lm.utils import load_model
+        from mlx_lm.utils import load_config, load_model
 
         path = checkpoint.origin.path
-        spec, whole = spec_for(text.config), text is not checkpoint
+        spec = spec_for(checkpoint.config)
+        whole = load_config(path).get("model_type") not in known_model_types()
         if not whole and checkpoint.origin.kind == "hf" and not spec.mlx_reads_stored:
             raise UsageError(
                 f"mlx-lm reads {spec.model_type} right from an MLX folder only: convert {path} "
@@ -71,7 +71,7 @@ class MlxLmEngine:
             )
         # mlx-lm reads one style of rope settings only; what it is given has both. A model that sees
         # or hears as well it knows by its own config, or takes the language model out.
-        config = spec.settle(normalise(text.config, text.tensors))
+        config = spec.settle(normalise(checkpoint.config, checkpoint.tensors))
         given = {} if whole and not spec.mlx_prefix else spec.mlx_config(config)
         try:
             self._model, _ = load_model(path, model_config=given)
