@@ -29,7 +29,7 @@ from mlxedge.generate import load
 from mlxedge.layers import LayerRunner
 from mlxedge.models.shape import shape_of
 from mlxedge.ops import load_forward
-from mlxedge.prepare import check_weights, prepare
+from mlxedge.prepare import check_weights, prepare, text_part
 from mlxedge.sources import open_source
 from mlxedge.sources.checkpoint import Checkpoint
 from mlxedge.texts import HELDOUT
@@ -140,9 +140,10 @@ def evaluate(
         text = HELDOUT.read_text(encoding="utf-8")
     with ExitStack() as stack:
         given = [*models] if against is None else [against, *models]
-        checkpoints = [
+        opened = [
             stack.enter_context(m if isinstance(m, Checkpoint) else open_source(m)) for m in given
         ]
+        checkpoints = [text_part(checkpoint) for checkpoint in opened]
         tokens, bos = _shared_tokens(checkpoints, text)
         chunks = _count(len(tokens), context, chunks)
         sizes = [sum(t.nbytes for t in c.tensors.values()) for c in checkpoints]

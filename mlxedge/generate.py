@@ -18,7 +18,7 @@ from mlxedge.errors import TokenizerError, UsageError
 from mlxedge.models import known_model_types, spec_for
 from mlxedge.models.shape import shape_of
 from mlxedge.ops import default_backend
-from mlxedge.prepare import check_weights, prepare
+from mlxedge.prepare import check_weights, prepare, text_part
 from mlxedge.sampling import Sampling
 from mlxedge.sources.checkpoint import Checkpoint
 
@@ -301,6 +301,8 @@ def load(
             # Our forward pass would take any weights with llama's names; mlx-lm knows its own.
             spec, checkpoint = prepare(checkpoint)
             check_weights(spec, checkpoint)
+        else:
+            checkpoint = text_part(checkpoint)
         return Model(checkpoint, chosen, threads, context)
 
 

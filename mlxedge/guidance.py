@@ -79,8 +79,9 @@ class Guide:
         """In which order tensors are to be encoded."""
         return list(names)
 
-    def hint(self, name: str) -> Hint:
-        """What is known of the tensor ``name``; asked in ``order``, from one thread."""
+    def hint(self, name: str, columns: np.ndarray | None = None) -> Hint:
+        """What is known of the tensor ``name``, or of one with its columns in the order
+        ``columns``; asked in ``order``, from one thread."""
         return Hint()
 
     def quality(self, encoding: Encoding, hint: Hint) -> Quality:
@@ -104,8 +105,11 @@ class CalibratedGuide(Guide):
         super().__init__(asked)
         self._calibration = calibration
 
-    def hint(self, name: str) -> Hint:
-        return Hint(self._calibration.importance(name))
+    def hint(self, name: str, columns: np.ndarray | None = None) -> Hint:
+        importance = self._calibration.importance(name)
+        if importance is None or columns is None:
+            return Hint(importance)
+        return Hint(importance[..., columns])
 
 
 class GuideOnTheWay(Guide):
@@ -126,6 +130,7 @@ class GuideOnTheWay(Guide):
             self._last_of_layer[_layer_of(names[0])] = i
         self._collected = collected
         self._current: Mapping[str, Hint] = {}
+        self._hessians: np.ndarray | None = None
 
     def order(self, names: Iterable[str]) -> list[str]:
         """What stands outside the layers first, then layer by layer, in each of them group by group
@@ -138,7 +143,7 @@ class GuideOnTheWay(Guide):
 
         return sorted(names, key=place)
 
-    def hint(self, name: str) -> Hint:
+    def hint(self, name: str, columns: np.ndarray | None = None) -> Hint:
         if name not in self._rank:
             return Hint()
         while name not in self._current:
@@ -150,7 +155,14 @@ class GuideOnTheWay(Guide):
                 importance = importance[0]
             feedback = None if found.hessians is None else _feedback(found.hessians)
             self._current = dict.fromkeys(found.names, Hint(importance, feedback))
-        return self._current[name]
+            self._hessians = found.hessians
+        hint = self._current[name]
+        if columns is None or hint.importance is None:
+            return hint
+        if hint.feedback is None or self._hessians is None:
+            return Hint(hint.importance[..., columns])
+        moved = self._hessians[:, columns[:, None], columns]
+        return Hint(hint.importance[..., columns], _feedback(moved))
 
     def close(self) -> None:
         self._collected.close()
@@ -384,7 +396,7 @@ def _by_imatrix(checkpoint: Checkpoint, spec: ModelSpec, quality: Quality, path:
     from mlxedge.record import sha256_file
 
     try:
-        calibration = read_imatrix(path, spec)
+        calibration = read_imatrix(path, spec, checkpoint.config)
     except CorruptFileError as error:
         raise CorruptFileError(
             path,

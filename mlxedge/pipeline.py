@@ -267,7 +267,7 @@ class _Run:
     def _hint(self, name: str) -> Hint:
         try:
             with self._timed_calibration():
-                return self.guide.hint(self._calibrated_as(name))
+                return self.guide.hint(self._calibrated_as(name), self._sources[name].columns)
         except BadWeightsError as error:
             self._explain(error)
             self.guide = Guide()

@@ -114,7 +114,7 @@ def _say(**what: Any) -> None:
     sys.stdout.flush()
 
 
-def _work() -> int:
+def _work() -> None:
     job = json.loads(sys.stdin.read())
     settings = Settings(**job["settings"] | {"depths": tuple(job["settings"]["depths"])})
     try:
@@ -127,10 +127,9 @@ def _work() -> int:
         )
     except errors.MlxedgeError as error:
         _say(error={"kind": type(error).__name__, "message": str(error)})
-        return 0
+        return
     _say(found=asdict(found))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(_work())
+    _work()

@@ -41,8 +41,11 @@ _MOST_TOKENS = 1 << 53
 _Entries = dict[str, Statistics]
 
 
-def read_imatrix(path: str | Path, spec: ModelSpec) -> Calibration:
-    """Read an imatrix file of either format.
+def read_imatrix(
+    path: str | Path, spec: ModelSpec, config: dict[str, Any] | None = None
+) -> Calibration:
+    """Read an imatrix file of either format; ``config`` is the model's, for architectures whose
+    columns stand in another order in GGUF.
 
     Matrices get their canonical names; those that ``spec`` does not know keep the names of the
     file. ``Statistics.sums / counts`` is what llama-quantize takes for the importance of a column.
@@ -79,7 +82,7 @@ def read_imatrix(path: str | Path, spec: ModelSpec) -> Calibration:
         for canonical in spec.inputs_of(name) or (name,):
             if canonical in tensors:
                 raise CorruptFileError(path, f"{shown(name)} stands here under two names")
-            tensors[canonical] = statistics
+            tensors[canonical] = _moved(statistics, spec, canonical, config, back=True)
     return Calibration(tensors, texts, sha256, count * size, size)
 
 
@@ -103,15 +106,30 @@ def write_imatrix(
     entries: _Entries = {}
     for canonical, statistics in calibration.tensors.items():
         for name in spec.input_in_gguf(canonical) or (canonical,):
-            entries[name] = _repeated(
-                statistics, spec.stacked_in_gguf(name, config) if config else 1
-            )
+            moved = _moved(statistics, spec, canonical, config)
+            count = spec.stacked_in_gguf(name, config) if config else 1
+            entries[name] = _repeated(moved, count)
     made = _legacy_bytes(calibration, entries) if legacy else _gguf_bytes(calibration, entries)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
         part.write_bytes(made)
         part.replace(path)
+
+
+def _moved(
+    statistics: Statistics,
+    spec: ModelSpec,
+    name: str,
+    config: dict[str, Any] | None,
+    back: bool = False,
+) -> Statistics:
+    """With the columns where GGUF has them, or ``back`` where they are in the canonical matrix."""
+    columns = spec.columns_in_gguf(name, config, statistics.sums.shape[1]) if config else None
+    if columns is None or len(columns) != statistics.sums.shape[1]:
+        return statistics
+    order = np.argsort(columns) if back else columns
+    return Statistics(np.ascontiguousarray(statistics.sums[:, order]), statistics.counts)
 
 
 def _repeated(statistics: Statistics, count: int) -> Statistics:

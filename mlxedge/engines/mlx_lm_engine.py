@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.engines.base import About, check_tokens
 from mlxedge.errors import BackendError, UsageError
-from mlxedge.models import normalise, spec_for
+from mlxedge.models import known_model_types, normalise, spec_for
 from mlxedge.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class MlxState:
 
 
 class MlxLmEngine:
-    """Implements ``Engine`` on a Hugging Face or MLX folder.
+    """Implements ``Engine`` on a Hugging Face or MLX folder; of a model that sees or hears as well
+    ``checkpoint`` is the language model (``mlxedge.prepare.text_part``).
 
     Raises BackendError if mlx-lm is not installed or cannot load the folder, UsageError for a
     checkpoint that is no folder.
@@ -59,21 +60,24 @@ class MlxLmEngine:
                 "convert it first (mlxedge convert … --to mlx:4bit), or use engine numpy"
             )
         from mlx_lm.models.cache import make_prompt_cache
-        from mlx_lm.utils import load_model
+        from mlx_lm.utils import load_config, load_model
 
+        path = checkpoint.origin.path
         spec = spec_for(checkpoint.config)
-        if checkpoint.origin.kind == "hf" and not spec.mlx_reads_stored:
+        whole = load_config(path).get("model_type") not in known_model_types()
+        if not whole and checkpoint.origin.kind == "hf" and not spec.mlx_reads_stored:
             raise UsageError(
-                f"mlx-lm reads {spec.model_type} right from an MLX folder only: convert "
-                f"{checkpoint.origin.path} first (mlxedge convert … --to mlx:4bit), or use engine "
-                "numpy"
+                f"mlx-lm reads {spec.model_type} right from an MLX folder only: convert {path} "
+                "first (mlxedge convert … --to mlx:4bit), or use engine numpy"
             )
-        # mlx-lm reads one style of rope settings only; what it is given has both.
-        config = spec.mlx_config(spec.settle(normalise(checkpoint.config, checkpoint.tensors)))
+        # mlx-lm reads one style of rope settings only; what it is given has both. A model that sees
+        # or hears as well it knows by its own config, or takes the language model out.
+        config = spec.settle(normalise(checkpoint.config, checkpoint.tensors))
+        given = {} if whole and not spec.mlx_prefix else spec.mlx_config(config)
         try:
-            self._model, _ = load_model(checkpoint.origin.path, model_config=config)
+            self._model, _ = load_model(path, model_config=given)
         except Exception as error:
-            raise BackendError(f"mlx-lm cannot load {checkpoint.origin.path}: {error}") from error
+            raise BackendError(f"mlx-lm cannot load {path}: {error}") from error
         self._make_cache = make_prompt_cache
         self._vocab, self._context = int(config["vocab_size"]), context
 

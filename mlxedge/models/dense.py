@@ -27,6 +27,7 @@ from mlxedge.models.rope_files import (
     shortest,
 )
 from mlxedge.models.spec import (
+    PREDICTING,
     Config,
     ModelSpec,
     Name,
@@ -106,7 +107,9 @@ class Dense:
     - ``unties``: whether mlx-lm gets a tied table twice, as it needs a head of its own.
     - ``recasts``, ``spellings``, ``heads``, ``widths``, ``per_layer``, ``altup``, ``sparsity``,
       ``words``, ``unused``, ``by_tensors``, ``placeholders``: see ``ModelSpec``; ``buffers``:
-      patterns of names of tensors that files hold beside the weights.
+      patterns of names of tensors that files hold beside the weights; ``within``: of a language
+      model that mlx-lm knows as the part of one that sees as well, what it puts before the names of
+      tensors, and its type.
     - ``adopts``, ``settles``: further steps of ``ModelSpec.adopt`` and ``settle``.
     """
 
@@ -123,6 +126,7 @@ class Dense:
     spellings: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
     drops_predicting: bool = False
+    within: tuple[str, str] | None = None
     wiring: Wiring = PRE_NORM
     factors: Callable[[Config], Factors] = lambda config: Factors()
     mixers: Callable[[Config], tuple[str, ...]] = attention_everywhere
@@ -204,6 +208,7 @@ class Dense:
             spellings=self.spellings,
             ignored=(*ModelSpec.ignored, *self.buffers),
             drops_predicting=self.drops_predicting,
+            mlx_prefix=self.within[0] if self.within else "",
         )
 
     def adopt(self, config: Config) -> Config:
@@ -305,6 +310,8 @@ class Dense:
                 )
             return value
 
+        # llama.cpp counts the layers that predict further tokens.
+        ahead = int(get("nextn_predict_layers", 0)) if self.drops_predicting else 0
         heads = need("attention.head_count")
         hidden = need("embedding_length")
         tokens = metadata.get("tokenizer.ggml.tokens")
@@ -312,14 +319,17 @@ class Dense:
         if not vocab:
             raise TokenizerError("the GGUF metadata says neither vocab_size nor the tokens")
         head_dim = get("attention.key_length") or hidden // heads
+        kv_heads = get("attention.head_count_kv", heads)
+        if not isinstance(kv_heads, int):  # of each layer, 0 where there is no attention
+            kv_heads = int(max(kv_heads))
         rope = rope_from_gguf(get, extra, head_dim, self.wiring.partial)
         config: Config = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
             "hidden_act": (self.nearly and get("hidden_activation")) or self.wiring.activation,
             "hidden_size": hidden,
-            "intermediate_size": need("feed_forward_length"),
-            "num_hidden_layers": need("block_count"),
+            "intermediate_size": need(self._width_key(get)),
+            "num_hidden_layers": need("block_count") - ahead,
             "num_attention_heads": heads,
             "num_key_value_heads": _first(get("attention.head_count_kv")) or heads,
             "head_dim": head_dim,
@@ -328,6 +338,8 @@ class Dense:
             "vocab_size": vocab,
             **self.fixed,
         }
+        if ahead:
+            config[PREDICTING[0]] = ahead
         for key in self.keys:
             value = get(key.gguf, key.default)
             value = None if value == key.none else value
@@ -342,6 +354,11 @@ class Dense:
 
     def _both_styles(self, rope: dict[str, Any]) -> Config:
         return {} if self.ropes is no_ropes else both_styles(rope)
+
+    def _width_key(self, get: Get) -> str:
+        """A model of experts alone may have no other width."""
+        other = self.experts is not None and get("feed_forward_length") is None
+        return "expert_feed_forward_length" if other else "feed_forward_length"
 
     def _windows_from_gguf(self, get: Get, layers: int) -> Config:
         window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
@@ -369,7 +386,11 @@ class Dense:
             made["max_position_embeddings"] = window
         if self.wiring.partial:
             made["partial_rotary_factor"] = values["partial_rotary_factor"] = rope.fraction
-        return made | self._both_styles(values) | self.mlx(config)
+        made |= self._both_styles(values) | self.mlx(config)
+        if self.within is None:
+            return made
+        whole = {key: made[key] for key in _OF_THE_WHOLE if key in made}
+        return {"model_type": self.within[1], **whole, "text_config": made}
 
     def window(self, config: Config, runtime: str) -> int | None:
         """The smallest sliding window of any layer, if the model's context is longer and the
@@ -549,6 +570,10 @@ def qwen_windows(config: Config) -> tuple[int, ...]:
         return tuple(window if kind == "sliding_attention" else 0 for kind in types)
     first = int(config.get("max_window_layers", 28))
     return tuple(window if layer >= first else 0 for layer in layers)
+
+
+#: What a config says of the whole model, however many parts it has.
+_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
 def _context(config: Config, window: int | None = None) -> int:

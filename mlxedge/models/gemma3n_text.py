@@ -293,4 +293,4 @@ def _mlx(config: Config) -> Config:
     return kind | whole | {"text_config": text}
 
 
-SPEC = replace(DENSE.spec(), mlx_config=_mlx)
+SPEC = replace(DENSE.spec(), mlx_config=_mlx, mlx_reads_stored=False)

@@ -187,7 +187,8 @@ class Graph:
 
     def block(self, layer: int) -> None:
         """x = block ``layer`` of x."""
-        shape, tape, wiring = self.shape, self.tape, self.shape.wiring
+        shape, tape = self.shape, self.tape
+        wiring = shape.wiring.of(shape.mixers[layer])
         x, h = self.x, self._h
         block = f"model.layers.{layer}."
         mixer = load_mixer(shape.mixers[layer])

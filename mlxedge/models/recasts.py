@@ -78,10 +78,12 @@ class Scale:
 @dataclass(frozen=True)
 class Reshape:
     """The same elements in another shape, which ``there`` makes of ours; of small tensors, which
-    are read whole. The way back leads to the shape that the architecture expects. ``rows``: a
-    vector becomes a matrix of so many rows."""
+    are read whole. The way back leads to the shape that the architecture expects; where it goes on
+    from there, to that which ``back`` makes. ``rows``: a vector becomes a matrix of so many
+    rows."""
 
     there: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape
+    back: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
     rows: Callable[[Config], int] | None = None
 
 
@@ -124,6 +126,7 @@ class Recast:
     Both are names with ``{i}`` for the layer, ``other`` those of the world. It serves wherever all
     the tensors of one side are there, ``when`` the config says so. ``exact``: what is made stays
     f32 whatever becomes of others.
+    One that is not ``written`` is how a world has been before, and read alone.
     """
 
     world: World
@@ -132,6 +135,7 @@ class Recast:
     steps: tuple[Step, ...]
     exact: bool = False
     when: Callable[[Config], bool] = lambda config: True
+    written: bool = True
 
     @cached_property
     def _patterns(self) -> Mapping[str, re.Pattern[str]]:
@@ -147,8 +151,19 @@ class Recast:
 
     @property
     def keeps_columns(self) -> bool:
-        """Whether what is made multiplies the same input."""
-        return all(isinstance(step, (Join, Split, Extend)) for step in self.steps)
+        """Whether what is made multiplies the same input, its columns in another order maybe."""
+        joins = [step for step in self.steps if isinstance(step, (Join, Split, Extend))]
+        moved = any(isinstance(step, Join) and step.columns for step in joins)
+        return len(joins) == len(self.steps) and (not moved or len(self.canonical) == 1)
+
+    def columns(self, config: Config, count: int) -> np.ndarray | None:
+        """Which of ``count`` columns stands in each place, or ``None`` if they stay."""
+        index = None
+        for step in self.steps if self.keeps_columns else ():
+            if isinstance(step, Join) and step.columns and step.order is not None:
+                order = step.order(config, [count])
+                index = order if index is None else index[order]
+        return index
 
     def keeps(self, number: int) -> bool:
         """Whether the ``number``-th that is made multiplies the input of the first canonical one,
@@ -158,7 +173,8 @@ class Recast:
         steps: list[Step] = []
         for step in self.steps:
             steps += step.steps[number] if isinstance(step, Each) else [step]
-        return all(isinstance(step, (Join, Split, Stack)) for step in steps)
+        rows = (not isinstance(step, Join) or not step.columns for step in steps)
+        return all(rows) and all(isinstance(step, (Join, Split, Stack)) for step in steps)
 
     def matrices(self, number: int, config: Config) -> int:
         """How many matrices the ``number``-th that is made stacks, which were one."""

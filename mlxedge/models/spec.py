@@ -32,6 +32,8 @@ Config = dict[str, Any]
 Placeholders = dict[str, tuple[tuple[int, ...], str | None]]
 #: Config keys for the number of layers that predict further tokens.
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
+#: The module that holds them in some models.
+_AHEAD = ("mtp.", "model.mtp.")
 
 
 def attention_everywhere(config: Config) -> tuple[str, ...]:
@@ -166,6 +168,8 @@ class ModelSpec:
     recasts: tuple[Recast, ...] = ()
     #: Whether layers that predict further tokens may follow the others; they are dropped.
     drops_predicting: bool = False
+    #: What stands before the names of an MLX folder, whose config has ours as ``text_config``.
+    mlx_prefix: str = ""
     #: GGUF tensors that ``config_from_gguf`` consumes.
     gguf_only: tuple[str, ...] = (
         "rope_freqs.weight",
@@ -204,11 +208,11 @@ class ModelSpec:
 
     def from_gguf(self, gguf_name: str) -> tuple[str, RowOrder] | None:
         """The Hugging Face name and row order of a GGUF tensor, or ``None`` if it is unknown."""
+        if self.recast_of("gguf", gguf_name) is not None:
+            return gguf_name, "same"  # until it is recast
         for pattern, name in self._by_gguf:
             if match := pattern.fullmatch(gguf_name):
                 return name.hf.format(**match.groupdict()), name.rows
-        if self.recast_of("gguf", gguf_name) is not None:
-            return gguf_name, "same"  # until it is recast
         return None
 
     def recast_of(self, world: World, other: str) -> tuple[Recast, str] | None:
@@ -232,7 +236,8 @@ class ModelSpec:
     def input_in_gguf(self, hf_name: str) -> tuple[str, ...]:
         """The GGUF matrices that have the input of a canonical one."""
         for recast in self.recasts:
-            layer = recast.layer_of(hf_name, recast.canonical) if recast.world == "gguf" else None
+            mine = recast.world == "gguf" and recast.written
+            layer = recast.layer_of(hf_name, recast.canonical) if mine else None
             if layer is not None:
                 others = recast.at(layer, recast.other)
                 return tuple(own for n, own in enumerate(others) if recast.keeps(n))
@@ -257,6 +262,15 @@ class ModelSpec:
                     (name.hf.format(i=i), shape) for i in range(layers)
                 ]
         return found
+
+    def columns_in_gguf(self, hf_name: str, config: Config, count: int) -> np.ndarray | None:
+        """Which of ``count`` columns of a canonical matrix stands in each place of the GGUF one, or
+        ``None`` if they stay."""
+        for recast in self.recasts:
+            mine = recast.world == "gguf" and recast.written
+            if mine and recast.layer_of(hf_name, recast.canonical) is not None:
+                return recast.columns(config, count)
+        return None
 
     def offset(self, hf_name: str) -> float:
         """What GGUF adds to the values of a Hugging Face tensor."""
@@ -423,10 +437,13 @@ class ModelSpec:
         return any(re.fullmatch(pattern, hf_name) for pattern in self.ignored)
 
     def predicts(self, hf_name: str, config: Config) -> bool:
-        """Whether a source tensor is of layers past the last, which predict further tokens and are
-        dropped; ``config`` says that there are some (``PREDICTING``)."""
+        """Whether a source tensor, in GGUF by its name there, is of layers past the last, which
+        predict further tokens and are dropped; ``config`` says that there are some
+        (``PREDICTING``), or they have a module of their own."""
+        if self.drops_predicting and hf_name.startswith(_AHEAD):
+            return True
         ahead = any(config.get(key) for key in PREDICTING) and self.drops_predicting
-        found = re.match(r"model\.(mtp_)?layers\.(\d+)\.", hf_name) if ahead else None
+        found = re.match(r"(?:model\.(mtp_)?layers|blk)\.(\d+)\.", hf_name) if ahead else None
         return found is not None and (
             found[1] is not None or int(found[2]) >= config["num_hidden_layers"]
         )

@@ -52,6 +52,18 @@ class Weights:
             start = stop
         return found
 
+    def picked(self, name: str, x: Any, outs: Sequence[Any], rows: Sequence[Any]) -> list[Any]:
+        """``out = x @ W[rows].T + b[rows]``, with rows (an index int64) for each of ``outs``."""
+        tensor = self.tensor(name, (sum(out.width for out in outs), x.width))
+        bias = self.optional(name.removesuffix("weight") + "bias")
+        parts, found = tensor.read(), []
+        for out, index in zip(outs, rows, strict=True):
+            some = {part: values[index] for part, values in parts.items()}
+            matrix = self._ops.Matrix(some, tensor.encoding, out.width, tensor.cols)
+            self.nbytes += matrix.nbytes
+            found.append(self._ops.Product(matrix, out, None if bias is None else bias[index]))
+        return found
+
     def experts(self, name: str, count: int, x: Any, out: Any) -> Any:
         """``out = x @ W[e].T + b[e]`` for the slots of each of ``count`` experts."""
         tensor = self.tensor(name, (count, out.width, x.width))

@@ -66,6 +66,8 @@ class Wiring:
       as in transformers' modeling_gemma3n.py), and x is divided by √2 after both.
     - ``value_norm``: an RMSNorm without weights over each head of v.
     - ``layer_scalar``: x is multiplied by a tensor of one number after the block.
+    - ``apart``: what layers of a mixer have instead of this, by its name; of it only the norms of
+      the stream count.
     - ``neighbours``: rotation turns neighbouring dimensions against each other, not the two halves
       of a head; ``partial``: only a part of each head may turn.
     - ``sinks``: each head has a score of nothing, which takes its share of attention.
@@ -90,6 +92,11 @@ class Wiring:
     neighbours: bool = False
     partial: bool = False
     sinks: bool = False
+    apart: tuple[tuple[str, Wiring], ...] = ()
+
+    def of(self, mixer: str) -> Wiring:
+        """That of the layers with this mixer."""
+        return next((wiring for name, wiring in self.apart if name == mixer), self)
 
 
 #: llama's.

@@ -74,7 +74,8 @@ def plan_mlx(
             encoding, reason = _choose(source, with_scales(told[name], dtype), dtype)
             reason = reason or (None if encoding == quantized else "as told")
         how, kept = how_to_make(source, encoding, keeps_codes)
-        own = spec.to_mlx(source.name, (*source.shape, 1)[0])
+        count = (*source.shape, 1)[0]
+        own = tuple(spec.mlx_prefix + part for part in spec.to_mlx(source.name, count))
         made, pieces = (name, own) if own[1:] else (own[0], ())
         tensors.append(
             PlannedTensor(

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from mlxedge.encodings import Encoding
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mlxedge.ops import Parts
     from mlxedge.sources.block_cache import BlockCache
     from mlxedge.tokenizer.spec import TokenizerSpec
@@ -33,7 +35,8 @@ class SourceTensor:
     memory that the caller may keep; it raises CorruptFileError if the file ends early.
     ``read_scales``, where there is one, gives those parts alone that are not codes. ``decoded``
     tells that the file has codes, though what is read are floats. Of what was made of canonical
-    tensors for one world (``mlxedge.sources.recasts``) ``like`` is one that has the same input.
+    tensors for one world (``mlxedge.sources.recasts``) ``like`` is one that has the same input,
+    whose columns stand in the order ``columns`` here, if there is one.
     """
 
     name: str
@@ -43,6 +46,7 @@ class SourceTensor:
     read_scales: Callable[[int, int], Parts] | None = field(default=None, repr=False, compare=False)
     decoded: bool = False
     like: str | None = None
+    columns: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def rows(self) -> int:

@@ -181,11 +181,13 @@ def _tensors(
         file = files[tensor.part]
         if tensor.name in spec.gguf_only:
             continue
-        found = spec.from_gguf(tensor.name)
-        if found is None:
+        # What is left out in the end keeps its name until then.
+        ahead = spec.predicts(tensor.name, config)
+        found = None if ahead else spec.from_gguf(tensor.name)
+        if found is None and not ahead:
             unknown.append(tensor.name)
             continue
-        name, order = found
+        name, order = found or (tensor.name, "same")
         if tensor.encoding.family == "plain" and tensor.encoding not in PLAIN.values():
             raise UnsupportedEncodingError(
                 f"{file.path}: tensor {shown(tensor.name)} is {tensor.encoding}; weights must be "

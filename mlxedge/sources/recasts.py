@@ -57,7 +57,9 @@ def to_world(
     chosen: dict[str, tuple[Recast, str]] = {}
     for name in tensors:
         for recast in spec.recasts:
-            if recast.world != world or name in chosen or not recast.when(config):
+            if recast.world != world or name in chosen:
+                continue
+            if not recast.written or not recast.when(config):
                 continue
             layer = recast.layer_of(name, recast.canonical)
             if layer is None:
@@ -82,7 +84,8 @@ def to_world(
         others = recast.at(layer, recast.other)
         for number, (own, one) in enumerate(zip(others, made, strict=True)):
             like = names[0] if recast.keeps(number) else None
-            found[f"{world}:{own}"] = replace(one, name=own, like=like)
+            columns = recast.columns(config, one.cols) if len(one.shape) > 1 else None
+            found[f"{world}:{own}"] = replace(one, name=own, like=like, columns=columns)
     for own, (shape, input_of) in spec.placeholders(config, world).items():
         found[f"{world}:{own}"] = _zeros(own, shape, input_of)
     return found
@@ -255,6 +258,10 @@ def _unjoin(
     config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
 ) -> list[SourceTensor]:
     assert isinstance(step, Join)
+    if len(shapes) == 1:  # of another shape by now, it may be
+        return _part(
+            config, step.order, [_size(tensors[0], step.columns)], step.columns, tensors[0]
+        )
     # Of matrices the rows, which transposed ones have as their last axis but one by now.
     sizes = [shape[-1] if step.columns or len(shape) == 1 else shape[-2] for shape in shapes]
     return _part(config, step.order, sizes, step.columns, tensors[0])
@@ -347,6 +354,9 @@ def _reshape(config: Config, step: Step, tensors: list[SourceTensor]) -> list[So
 def _shape_back(
     config: Config, step: Step, tensors: list[SourceTensor], shapes: list[Shape]
 ) -> list[SourceTensor]:
+    assert isinstance(step, Reshape)
+    if step.back is not None:
+        return [_shaped(tensor, step.back(tensor.shape)) for tensor in tensors]
     return [_shaped(tensor, shape) for tensor, shape in zip(tensors, shapes, strict=True)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from oracles import (
     architectures,
+    architectures_delta,
     architectures_dense,
     architectures_fused,
     architectures_gemma,
@@ -186,7 +187,7 @@ PARTIAL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {}
 for family in (
     *(architectures, architectures_dense, architectures_fused, architectures_mla),
-    *(architectures_gemma, architectures_moe, architectures_recurrent),
+    *(architectures_delta, architectures_gemma, architectures_moe, architectures_recurrent),
 ):
     OWN |= family.OWN
     SAVED |= family.SAVED

@@ -71,6 +71,7 @@ OTHERS = (
     "gemma4_text",
     "gemma4_text-no-inputs-keys-as-values",
     "gemma3n_text",
+    "qwen3_5_text-tied-every-third-half",
 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from oracles.checkpoints import SAVED, write_checkpoint
 from oracles.tiny import write_tiny_llama
 
 import mlxedge
@@ -44,6 +45,20 @@ def test_logits_agree(models: tuple[Model, Model]) -> None:
     theirs, ours = (m.logits(TOKENS) for m in models)
     assert theirs.shape == ours.shape
     assert np.abs(theirs - ours).max() <= 1e-3 * np.abs(ours).max()
+
+
+def test_a_folder_of_a_whole_model_is_run(tmp_path: Path) -> None:
+    """mlx-lm has Gemma 3n only within the model that sees and hears, and its cache to share keys
+    and values."""
+    source = write_checkpoint(tmp_path / "tiny", **SAVED["gemma3n_text-shared"])
+    mlxedge.convert(source, "mlx:f32", tmp_path / "made")
+    with (
+        mlxedge.load(tmp_path / "made", engine="mlx") as theirs,
+        mlxedge.load(tmp_path / "made", engine="numpy") as ours,
+    ):
+        assert theirs.context_length == ours.context_length
+        logits = ours.logits(TOKENS)
+        assert np.abs(theirs.logits(TOKENS) - logits).max() <= 1e-4 * np.abs(logits).max()
 
 
 def test_greedy_tokens_and_sessions_agree(models: tuple[Model, Model]) -> None:

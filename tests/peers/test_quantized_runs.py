@@ -27,6 +27,7 @@ OTHERS = (
     "youtu",
     *("gemma4_text", "gemma4_text-no-inputs-keys-as-values", "gemma4_text-experts"),
     "gemma3n_text-shared",
+    *("qwen3_next", "qwen3_5_text"),
 )
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "moe_intermediate_size")
 #: Number, as llama-quantize counts.

@@ -158,6 +158,31 @@ def test_stacks_take_turns_and_are_transposed() -> None:
     np.testing.assert_array_equal(made[..., 1::2], up.swapaxes(1, 2))
 
 
+def test_parts_have_an_axis_of_their_own() -> None:
+    """As the convolutions of OLMo Hybrid: cut in three, each with an axis of one."""
+    whole = numbers(16, 4)
+    axis = Reshape(lambda shape: (*shape, 1), lambda shape: (shape[0], shape[1] * shape[2]))
+    steps = Split(lambda config: (4, 4, 8)), Each(((axis,),) * 3)
+    made, _ = there_and_back(steps, [whole], others=3)
+    assert [part.shape for part in made] == [(4, 4, 1), (4, 4, 1), (8, 4, 1)]
+    np.testing.assert_array_equal(np.concatenate(made)[..., 0], whole)
+
+
+def test_columns_move() -> None:
+    """As those of Qwen3.5's output, whose heads take turns in GGUF; calibration follows them."""
+
+    def order(config: dict[str, Any], sizes: Any) -> np.ndarray:
+        return np.arange(sizes[0]).reshape(2, -1).T.ravel()
+
+    weight = numbers(5, 8)
+    (made,), tensors = there_and_back((Join(order, columns=True),), [weight])
+    np.testing.assert_array_equal(made, weight[:, [0, 4, 1, 5, 2, 6, 3, 7]])
+    (tensor,) = tensors.values()
+    assert tensor.like == "model.layers.3.part0.weight"
+    assert tensor.columns is not None
+    np.testing.assert_array_equal(tensor.columns, [0, 4, 1, 5, 2, 6, 3, 7])
+
+
 def test_biases() -> None:
     """Vectors are joined by their elements, stacks of them in columns."""
     (made,), _ = there_and_back((Join(),), [numbers(8), numbers(4)])
