@@ -25,7 +25,7 @@ DATASET = "org/speeds"
 PLACEHOLDERS = {"SOURCE": REPO, "OUT": "out", "org/name": REPO}
 ADAPTER = "org/adapter"
 #: Shorter runs of what is printed; the model's context is small.
-SHORTER = {"mlxedge bench": " -p 32 -n 8 -r 2", "mlxedge generate": " -n 8"}
+SHORTER = {"mlxedge bench": " -p 32 -n 8 -r 2 --threads 1", "mlxedge generate": " -n 8"}
 
 
 def blocks(document: str, language: str) -> list[str]:
