@@ -11,6 +11,7 @@ is what this script makes of the records.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,11 @@ Each record is one run of a script in `benchmarks/` with `--record benchmarks/re
 - *median* of all values; *interval*: 95 % for their mean, of three values or more (see
   [docs/benchmarking.md](../../docs/benchmarking.md)); *range*: the least and the largest value.
 - The unit × is how many times as good the first side was as the second, by round: both sides took
-  turns, so it is what a busy device moves least.
+  turns, so a busy device moves it less than the values themselves.
+- *spread* says how far values of one figure lie apart. Where that is much more than a tenth the
+  device did other work meanwhile, of which the records cannot tell: then read the intervals, trust
+  no single figure, and no ratio to a program whose threads wait by spinning (llama.cpp on several
+  threads), which such work slows most.
 - *roofline*: the share of what the memory bandwidth, measured in the same run, allows; above 100 %
   the data came from caches.
 """
@@ -69,6 +74,7 @@ def _device(records: list[Record]) -> Iterator[str]:
         yield f"{record['created'][:10]}, {record['device']['os']}. {_conditions(record)}\n"
         versions = [f"{name} {version}" for name, version in record["versions"].items() if version]
         yield f"mlxedge {record['mlxedge']}, {', '.join(versions)}.\n"
+        yield f"{_spread(record)}\n"
         yield to_markdown(_table(record))
 
 
@@ -84,7 +90,19 @@ def _conditions(record: Record) -> str:
     for key, name in names.items():
         before, after = (NOT_AVAILABLE if s[key] is None else str(s[key]) for s in states)
         parts.append(f"{name} {before if before == after else f'{before} to {after}'}")
-    return f"State: {', '.join(parts)}; processes that ran beside it are not known."
+    return f"State: {', '.join(parts)}."
+
+
+def _spread(record: Record) -> str:
+    """Of figures of several values: the middle one and the worst, of the largest over the least."""
+    known = [f["values"] for f in record["figures"] if min(f["values"]) > 0]
+    ratios = [max(values) / min(values) for values in known if len(values) > 1]
+    if not ratios:
+        return f"Spread: {NOT_AVAILABLE}, each figure is one value."
+    return (
+        f"Spread: the largest value is {statistics.median(ratios):.2f} times the least for the "
+        f"middle figure, {max(ratios):.2f} times for the worst."
+    )
 
 
 def _table(record: Record) -> tuple[list[str], list[list[str]]]:
