@@ -5,11 +5,11 @@ random weights, again and again), calibrates it in a process of its own, and pri
 resident memory beside the size of one layer, of its Hessians and of the model.
 
     python benchmarks/calibrate_memory.py [--gigabytes 8] [--tokens 256] [--hessians] [--json]
+        [--record FOLDER]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from common import host, run_process
+from common import Recording, arguments, host, run_process
 from safetensors.numpy import save_file
 
 from mlxedge.demo import model_path
@@ -85,13 +85,13 @@ def write_checkpoint(folder: Path, gigabytes: float) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--gigabytes", type=float, default=8.0)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--hessians", action="store_true")
     parser.add_argument("--home", type=Path)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    recording = Recording(options.record)
     with tempfile.TemporaryDirectory(dir=options.home) as folder:
         model = Path(folder, "model")
         layers, layer_bytes, model_bytes = write_checkpoint(model, options.gigabytes)
@@ -109,6 +109,12 @@ def main() -> None:
         "seconds": round(run.seconds, 1),
         **host(),
     }
+    recording.add("time", "mlxedge", "s", [run.seconds])
+    recording.add("peak memory", "mlxedge", "MiB", [run.peak_mib])
+    what = "importance and Hessians" if options.hessians else "importance"
+    recording.write(
+        f"calibrate_memory: {what}, {model_bytes / 1e9:.1f} GB, {options.tokens} tokens"
+    )
     print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 
 

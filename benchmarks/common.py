@@ -1,7 +1,13 @@
-"""Shared by the benchmark scripts: whole processes timed in turn, and the ratio."""
+"""Shared by the benchmark scripts: whole processes timed in turn, the ratio, and records of it all.
+
+``--record FOLDER`` of every script writes what it measured as a record of figures, as ``mlxedge
+bench --kernels`` does: every value of every side, and of every round how many times as good as a
+peer we are. ``summarise.py`` makes tables of such records.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -10,9 +16,17 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from mlxedge.bench.figures import Better, Figure, figures_record
+from mlxedge.bench.record import PACKAGES, package_versions, save_records
+from mlxedge.bench.sensors import Sensors
+from mlxedge.bench.tables import device_folder
+
+#: Unit of ratios: how many times as good the first side is as the other.
+RATIO = "×"
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,63 @@ def in_turn(sides: dict[str, Callable[[], Run]], runs: int) -> dict[str, list[Ru
     return found
 
 
+def arguments(doc: str, *, raw: bool = False) -> argparse.ArgumentParser:
+    """A parser with the options of every script; ``raw`` shows all of ``doc`` as it is."""
+    shape = argparse.RawDescriptionHelpFormatter if raw else argparse.HelpFormatter
+    parser = argparse.ArgumentParser(
+        description=doc if raw else doc.splitlines()[0], formatter_class=shape
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--record", type=Path, metavar="FOLDER", help="write a record of all values into it"
+    )
+    return parser
+
+
+class Recording:
+    """What a script measures from here on. ``packages`` are those that compute beside NumPy and
+    numba, ``versions`` what is no installed package."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        packages: Sequence[str] = (),
+        versions: Mapping[str, str | None] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.versions = package_versions([*PACKAGES["numpy"], *packages]) | dict(versions or {})
+        self.sensors = Sensors()
+        self.before = self.sensors.conditions()
+        self.figures: list[Figure] = []
+
+    def add(
+        self, name: str, side: str, unit: str, values: Sequence[float], better: Better = "lower"
+    ) -> None:
+        self.figures.append(Figure(name, side, unit, better, tuple(map(float, values))))
+
+    def sides(
+        self, name: str, unit: str, found: Mapping[str, Sequence[float]], better: Better = "lower"
+    ) -> None:
+        """Values of each side, round by round, and how many times as good as each of the others the
+        first was in every round."""
+        for side, values in found.items():
+            self.add(name, side, unit, values, better)
+        (first, ours), *others = found.items()
+        for side, theirs in others:
+            pairs = list(zip(ours, theirs, strict=True))
+            if all(o and t for o, t in pairs):
+                ratios = [o / t if better == "higher" else t / o for o, t in pairs]
+                self.add(name, f"{first} : {side}", RATIO, ratios, "higher")
+
+    def write(self, title: str) -> None:
+        """Into the device's folder of ``--record``, if that was given."""
+        if self.folder is None:
+            return
+        made = figures_record(title, self.figures, self.versions, self.before, self.sensors)
+        for path in save_records([made], self.folder / device_folder(made["device"])):
+            print(f"written: {path}", file=sys.stderr)
+
+
 def summary(found: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
     return {
         name: {
@@ -71,13 +142,21 @@ def summary(found: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
     }
 
 
-def report(title: str, found: dict[str, list[Run]], as_json: bool) -> None:
-    """Print each side and, for every other side, how many times the first is faster."""
+def report(
+    title: str, found: dict[str, list[Run]], options: argparse.Namespace, recording: Recording
+) -> None:
+    """Record all runs. Print each side and, for every other side, how many times the first is
+    faster."""
+    recording.sides("time", "s", {n: [r.seconds for r in runs] for n, runs in found.items()})
+    recording.sides(
+        "peak memory", "MiB", {n: [r.peak_mib for r in runs] for n, runs in found.items()}
+    )
+    recording.write(title)
     sides = summary(found)
     names = list(sides)
     first = sides[names[0]]
     ratios = {n: round(sides[n]["median_seconds"] / first["median_seconds"], 2) for n in names[1:]}
-    if as_json:
+    if options.json:
         print(json.dumps({"title": title, "sides": sides, "speedup": ratios, "host": host()}))
         return
     print(title)

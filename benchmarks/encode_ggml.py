@@ -11,7 +11,6 @@ it unless numba's cache has it, is timed apart. The bytes of both are compared.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from common import host
+from common import Recording, arguments, host
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -37,7 +36,11 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(
-    name: str, weights: np.ndarray, repeats: int, importance: np.ndarray | None
+    name: str,
+    weights: np.ndarray,
+    repeats: int,
+    importance: np.ndarray | None,
+    recording: Recording,
 ) -> dict[str, object]:
     """Million weights a second of ours and of ggml's C, medians of ``repeats`` rounds."""
     rows, cols = weights.shape
@@ -53,7 +56,12 @@ def measure(
         )
         for _ in range(repeats)
     ]
-    speed = [weights.size / 1e6 / statistics.median(side) for side in zip(*rounds, strict=True)]
+    million = weights.size / 1e6
+    speeds = [[million / s for s in side] for side in zip(*rounds, strict=True)]
+    recording.sides(
+        name, "Mweights/s", dict(zip(("mlxedge", "ggml"), speeds, strict=True)), "higher"
+    )
+    speed = [million / statistics.median(side) for side in zip(*rounds, strict=True)]
     return {
         "type": name,
         "mweights_per_s": round(speed[0], 1),
@@ -65,15 +73,12 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = arguments(__doc__, raw=True)
     parser.add_argument("--types", nargs="+", choices=ENCODERS, help="default: all that can be")
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--cols", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--importance", action="store_true", help="give both an importance matrix")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     possible = [n for n in ENCODERS if options.importance or n not in NEEDS_IMPORTANCE]
     types = options.types or possible
@@ -83,12 +88,14 @@ def main() -> None:
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((options.rows, options.cols), np.float32)
     importance = rng.random(options.cols, np.float32) if options.importance else None
-    results = [measure(name, weights, options.repeats, importance) for name in types]
+    recording = Recording(options.record, ["xllamacpp"])
+    results = [measure(name, weights, options.repeats, importance, recording) for name in types]
+    given = ", importance given" if options.importance else ""
+    recording.write(f"encode_ggml: {options.rows} x {options.cols}{given}, one thread")
     if options.json:
         record = {"shape": weights.shape, "importance": options.importance}
         print(json.dumps({**record, "results": results, "host": host()}))
         return
-    given = ", importance given" if options.importance else ""
     print(
         f"{options.rows} x {options.cols} normal weights{given}, one thread, "
         "million weights a second"

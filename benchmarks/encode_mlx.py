@@ -1,6 +1,7 @@
 """MLX 4-bit and the other MLX formats: the fallback's encoder against ``mx.quantize`` on the CPU.
 
     python benchmarks/encode_mlx.py [--rows 2048] [--cols 4096] [--dtype bf16] [--rounds 7] [--json]
+        [--record FOLDER]
 
 Both run on one thread (``mx.quantize`` has no more), in turn, on the same weights; the figure is
 the best of the rounds, in million weights a second. The bytes are compared too.
@@ -9,7 +10,6 @@ Needs mlxedge[mlx].
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
-from common import host
+from common import Recording, arguments, host
 
 from mlxedge.encodings import MLX_FLOAT, Affine, MlxFloat
 from mlxedge.encodings.mlx import AFFINE_BITS
@@ -27,13 +27,12 @@ DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--cols", type=int, default=4096)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
     parser.add_argument("--group", type=int, choices=(32, 64, 128), default=64, help="affine")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     weights = np.random.default_rng(0).normal(size=(options.rows, options.cols))
     weights = weights.astype(DTYPES[options.dtype])
@@ -41,7 +40,9 @@ def main() -> None:
         *(Affine(bits, options.group, options.dtype) for bits in AFFINE_BITS),
         *MLX_FLOAT.values(),
     ]
-    rows = [compare(weights, encoding, options.rounds) for encoding in encodings]
+    recording = Recording(options.record, ["mlx"])
+    rows = [compare(weights, encoding, options.rounds, recording) for encoding in encodings]
+    recording.write(f"encode_mlx: {options.rows} x {options.cols} {options.dtype}, one thread")
     if options.json:
         title = f"encode {options.rows} x {options.cols} {options.dtype}"
         print(json.dumps({"title": title, "mlx": mx.__version__, "host": host(), "rows": rows}))
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def compare(
-    weights: np.ndarray, encoding: Affine | MlxFloat, rounds: int
+    weights: np.ndarray, encoding: Affine | MlxFloat, rounds: int, recording: Recording
 ) -> dict[str, str | float | bool]:
     ops = load_ops("numpy")
     bits = weights.view(np.uint16) if weights.dtype == ml_dtypes.bfloat16 else weights
@@ -81,18 +82,20 @@ def compare(
         return made[0]
 
     same = np.array_equal(ours(), np.array(theirs()))
-    best: dict[Callable[[], object], float] = {ours: np.inf, theirs: np.inf}
+    sides: dict[str, Callable[[], object]] = {"mlxedge": ours, "mx.quantize": theirs}
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
-        for side in best:
+        for name, side in sides.items():
             started = time.perf_counter()
             side()
-            best[side] = min(best[side], time.perf_counter() - started)
-    speed = {side: weights.size / seconds / 1e6 for side, seconds in best.items()}
+            speeds[name].append(weights.size / 1e6 / (time.perf_counter() - started))
+    recording.sides(encoding.name, "Mweights/s", speeds, "higher")
+    best = [max(of_side) for of_side in speeds.values()]
     return {
         "encoding": encoding.name,
-        "ours": round(speed[ours], 1),
-        "theirs": round(speed[theirs], 1),
-        "ratio": round(speed[ours] / speed[theirs], 2),
+        "ours": round(best[0], 1),
+        "theirs": round(best[1], 1),
+        "ratio": round(best[0] / best[1], 2),
         "same_bytes": bool(same),
     }
 

@@ -1,6 +1,7 @@
 """Prefill and decode speed: mlxedge's own forward pass against llama.cpp, on the same GGUF file.
 
     python benchmarks/generate.py [--model FILE] [--threads N] [--mlx FOLDER] [--json]
+        [--record FOLDER]
 
 Both run in this process at the same number of threads and take turns. Prefill is one pass over
 ``--prompt`` tokens on an empty context, decode ``--tokens`` passes of one; every pass ends when the
@@ -14,7 +15,6 @@ threads wait by spinning. So the best runs are compared beside the medians.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import host, smollm2_gguf
+from common import Recording, arguments, host, smollm2_gguf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -59,7 +59,7 @@ def speed(greedy: Greedy, prompt: list[int], count: int, tokens: int) -> float:
 
 def in_turn(
     sides: dict[str, Greedy], prompt: int, tokens: int, rounds: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, list[float]]]:
     """Speeds of each side in both tests, after a warm-up of each."""
     rng = np.random.default_rng(0)
     found: dict[str, dict[str, list[float]]] = {}
@@ -74,7 +74,7 @@ def in_turn(
                 value = run(side)
                 if number:
                     found.setdefault(test, {}).setdefault(name, []).append(value)
-    return {test: compare(values) for test, values in found.items()}
+    return found
 
 
 def compare(values: dict[str, list[float]]) -> dict[str, Any]:
@@ -88,6 +88,19 @@ def compare(values: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
+def finish(
+    title: str, found: dict[str, dict[str, list[float]]], recording: Recording, as_json: bool
+) -> dict[str, dict[str, Any]]:
+    """Record all speeds, and print what they come to."""
+    for test, values in found.items():
+        recording.sides(test, "tokens/s", values, "higher")
+    recording.write(f"generate: {title}")
+    compared = {test: compare(values) for test, values in found.items()}
+    if not as_json:
+        show(title, compared)
+    return compared
+
+
 def show(title: str, found: dict[str, dict[str, Any]]) -> None:
     print(f"{title}, tokens per second")
     for test, values in found.items():
@@ -98,7 +111,7 @@ def show(title: str, found: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct in Q4_K_M")
     parser.add_argument("--threads", type=int, default=host()["cpus"])
     parser.add_argument("--prompt", type=int, default=512)
@@ -106,7 +119,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mlx", type=Path, help="an MLX folder, for mlx-lm on this machine")
     parser.add_argument("--mlx-tokens", type=int, default=4)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     path = options.model
     if path is None:
@@ -114,17 +126,19 @@ def main() -> None:
         mlxedge.convert(smollm2_gguf(), "gguf:q4_k_m", path)
 
     results: dict[str, object] = {"host": host(), "threads": options.threads}
+    recording = Recording(options.record, ["xllamacpp"])
     started = time.perf_counter()
     with mlxedge.load(path, threads=options.threads) as model:
         results["load_seconds"] = round(time.perf_counter() - started, 2)
+        recording.add("load", "mlxedge", "s", [time.perf_counter() - started])
         room = max(options.prompt, options.tokens) + 8
         with LlamaCpp(path, threads=options.threads, context=room) as peer:
             sides = {"mlxedge": ours(model), "llama.cpp": peer.greedy}
             found = in_turn(sides, options.prompt, options.tokens, options.rounds)
-    results[path.name] = found
-    if not options.json:
-        show(f"{path.name}, {options.threads} threads", found)
+    title = f"{path.name}, {options.threads} threads"
+    results[path.name] = finish(title, found, recording, options.json)
     if options.mlx:
+        recording = Recording(options.record, ["mlx", "mlx-lm"])
         with (
             mlxedge.load(options.mlx, engine="numpy", threads=options.threads) as model,
             mlxedge.load(options.mlx, engine="mlx") as peer_model,
@@ -132,9 +146,8 @@ def main() -> None:
             sides = {"mlxedge": ours(model), "mlx-lm": ours(peer_model)}
             count = options.mlx_tokens
             found = in_turn(sides, count, count, 1)
-        results[options.mlx.name] = found
-        if not options.json:
-            show(f"{options.mlx.name}, mlx-lm as it is on this machine", found)
+        title = f"{options.mlx.name}, mlx-lm as it is on this machine"
+        results[options.mlx.name] = finish(title, found, recording, options.json)
     if options.json:
         print(json.dumps(results))
 

@@ -1,6 +1,7 @@
 """Peak memory and speed of a 7B model in Q4_K_M on mlxedge's own forward pass.
 
     python benchmarks/generate_7b.py [--threads N] [--prompt 64] [--tokens 8] [--json]
+        [--record FOLDER]
 
 The file has the shapes and types of Mistral-7B in Q4_K_M and holds only zeros, so that it takes no
 room on disk; memory and time do not depend on the values. A process of its own is measured: Python,
@@ -9,7 +10,6 @@ the libraries, the weights, the cache, everything.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import gguf
-from common import host, run_process
+from common import Recording, arguments, host, run_process
 
 LAYERS, HIDDEN, FFN, VOCAB, KV = 32, 4096, 14336, 32000, 1024
 _GIB = 2**30
@@ -89,17 +89,17 @@ def write_model(path: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, default=host()["cpus"])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    recording = Recording(options.record)
     with tempfile.TemporaryDirectory(prefix="mlxedge-bench-") as home:
         path, notes = Path(home) / "7b-Q4_K_M.gguf", Path(home) / "speeds.json"
         size = write_model(path)
-        arguments = [str(path), str(options.threads), str(options.prompt), str(options.tokens)]
-        run = run_process([sys.executable, "-c", _CHILD, *arguments, str(notes)])
+        given = [str(path), str(options.threads), str(options.prompt), str(options.tokens)]
+        run = run_process([sys.executable, "-c", _CHILD, *given, str(notes)])
         speeds = json.loads(notes.read_text())
     result = {
         "file_gib": round(size / _GIB, 2),
@@ -108,6 +108,11 @@ def main() -> None:
         "threads": options.threads,
         "host": host(),
     }
+    recording.add("peak memory", "mlxedge", "MiB", [run.peak_mib])
+    for test, speed in speeds.items():
+        recording.add(test, "mlxedge", "tokens/s", [speed], "higher")
+    tokens = f"{options.prompt} + {options.tokens} tokens"
+    recording.write(f"generate_7b: Q4_K_M, {options.threads} threads, {tokens}")
     if options.json:
         print(json.dumps(result))
         return

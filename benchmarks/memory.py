@@ -4,12 +4,11 @@ Makes a synthetic llama checkpoint of about ``--gigabytes`` in bf16 (random weig
 many shards), converts it to MLX 4-bit, GGUF Q4_K_M and Q8_0 in one process, and prints the peak
 resident memory against the bound of 1 GiB plus twice the largest tensor.
 
-    python benchmarks/memory.py [--gigabytes 8] [--to ...] [--json]
+    python benchmarks/memory.py [--gigabytes 8] [--to ...] [--json] [--record FOLDER]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from common import run_process
+from common import RATIO, Recording, arguments, run_process
 from safetensors.numpy import save_file
 
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 14336, 32000
@@ -90,13 +89,13 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--gigabytes", type=float, default=8.0)
     parser.add_argument("--to", action="append", help="default: mlx:4bit gguf:q4_k_m gguf:q8_0")
     parser.add_argument("--home", type=Path)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     targets = options.to or ["mlx:4bit", "gguf:q4_k_m", "gguf:q8_0"]
+    recording = Recording(options.record)
     with tempfile.TemporaryDirectory(dir=options.home) as folder:
         model, out = Path(folder, "model"), Path(folder, "out")
         largest = write_checkpoint(model, options.gigabytes)
@@ -112,6 +111,10 @@ def main() -> None:
         "bound_mib": round(bound),
         "ratio": round(run.peak_mib / bound, 3),
     }
+    recording.add("time", "mlxedge", "s", [run.seconds])
+    recording.add("peak memory", "mlxedge", "MiB", [run.peak_mib])
+    recording.add("peak memory", "mlxedge : bound", RATIO, [bound / run.peak_mib], "higher")
+    recording.write(f"memory: {size / 1e9:.1f} GB to {', '.join(targets)}")
     print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 
 

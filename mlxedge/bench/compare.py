@@ -6,15 +6,14 @@ the same; what differs in one of these stands apart, and the difference is named
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from mlxedge.bench.record import Record
 from mlxedge.bench.results import Result
-from mlxedge.bench.statistics import Interval, mean_interval, ratio_interval
-from mlxedge.errors import UsageError
+from mlxedge.bench.statistics import Interval, mean_interval
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _key(record: Record, number: int) -> Any:
 def _group(results: Sequence[Result]) -> Group:
     about = {}
     for what, read in ASPECTS.items():
-        values = list(dict.fromkeys(_text(read(result.record)) for result in results))
+        values = list(dict.fromkeys(text(read(result.record)) for result in results))
         about[what] = " / ".join(values)
     tests: dict[tuple[str, int, int], list[Row]] = {}
     for result in results:
@@ -150,11 +149,12 @@ def differences(results: Sequence[Result]) -> list[Difference]:
         values = [read(result.record) for result in results]
         unsure = what == "model hash" and None in values and len(values) > 1
         if unsure or any(value != values[0] for value in values):
-            found.append(Difference(what, tuple(map(_text, values))))
+            found.append(Difference(what, tuple(map(text, values))))
     return found
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """What tables show of it."""
     return "not available" if value is None else str(value)
 
 
@@ -164,76 +164,3 @@ def share_of_roofline(record: Record, test: Record) -> float | None:
     if test["kind"] != "decode" or not read or not bandwidth:
         return None
     return float(test["tokens_per_second"]["mean"] * read / (bandwidth * 1e9))
-
-
-@dataclass(frozen=True)
-class Change:
-    """One test now against a baseline: ``ratio`` is the speed now over that before, with the
-    interval of that, ``None`` for too few runs. ``slower`` tells whether it is supported: the
-    interval lies below one, and the ratio below one less the bound."""
-
-    name: str
-    test: str
-    before: float
-    now: float
-    ratio: float
-    interval: Interval | None
-    slower: bool
-
-
-def against(
-    baseline: Sequence[Result], results: Sequence[Result], bound: float, *, force: bool = False
-) -> list[Change]:
-    """Every test of ``results`` that the baseline has too, for the same model, quantization, engine
-    and device, whatever the builds: those are what has changed. ``bound`` is a share (0.05).
-
-    Raises UsageError if there is none, or with another device unless ``force``.
-    """
-    found = []
-    other_devices = 0
-    for result in results:
-        for old in baseline:
-            if not _same_work(old.record, result.record):
-                continue
-            if not force and not _same_device(old.record, result.record):
-                other_devices += 1
-                continue
-            found += list(_changes(old, result, bound))
-            break
-    if found:
-        return found
-    if other_devices:
-        raise UsageError(
-            "the baseline was measured on another device, whose speeds tell nothing of a change "
-            "(--force compares them all the same)"
-        )
-    raise UsageError(
-        "the baseline has no test of the same model, quantization and engine to compare with"
-    )
-
-
-def _same_work(one: Record, other: Record) -> bool:
-    same = all(
-        read(one) == read(other)
-        for read in (_hash, _of("model", "quantization"), _of("engine", "name"))
-    )
-    known = one["model"]["sha256"] is not None
-    return same and (known or one["model"]["name"] == other["model"]["name"])
-
-
-def _same_device(one: Record, other: Record) -> bool:
-    keys = ("cpu", "gpu", "gpu_cores", "memory_bytes", "usable_processors")
-    return all(one["device"][key] == other["device"][key] for key in keys)
-
-
-def _changes(old: Result, new: Result, bound: float) -> Iterable[Change]:
-    before = {(t["kind"], t["tokens"], t["depth"]): Row(old, t) for t in old.record["tests"]}
-    for test in new.record["tests"]:
-        was = before.get((test["kind"], test["tokens"], test["depth"]))
-        if was is None:
-            continue
-        row = Row(new, test)
-        interval = ratio_interval(row.speeds, was.speeds)
-        ratio = row.mean / was.mean
-        slower = interval is not None and interval.high < 1 and ratio < 1 - bound
-        yield Change(new.name, test["name"], was.mean, row.mean, ratio, interval, slower)

@@ -33,6 +33,11 @@ class Figure:
     roofline: float | None = None
 
 
+def key_of(figure: Record) -> tuple[str, str, str]:
+    """What a described figure is known by in its record and in others of the same title."""
+    return figure["name"], figure["side"], figure["unit"]
+
+
 def figures_record(
     title: str,
     figures: Sequence[Figure],

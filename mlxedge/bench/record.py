@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib import resources
@@ -181,8 +181,13 @@ def _rounded(value: float | None, digits: int) -> float | None:
 
 def versions(engine: str) -> dict[str, str | None]:
     """Python's version and those of what ``engine`` computes with; ``None`` if not installed."""
+    return package_versions(PACKAGES.get(engine, ()))
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Python's version and those of packages; ``None`` if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES.get(engine, ()):
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -10,6 +10,7 @@ from typing import Any
 from mlxedge.bench import charts, tables
 from mlxedge.bench.chips import REFERENCE_MODEL, REFERENCE_WEIGHT_BYTES, chips
 from mlxedge.bench.compare import Group, Row, differences
+from mlxedge.bench.compare_figures import FigureGroup
 from mlxedge.bench.results import Result
 from mlxedge.bench.statistics import DRIFT_BOUND
 from mlxedge.errors import BackendError, OutputExistsError, UsageError
@@ -19,8 +20,14 @@ from mlxedge.version import VERSION
 _LINES = 12
 
 
-def page(results: Sequence[Result], groups: Sequence[Group], *, reference: bool = False) -> str:
-    """One HTML page: a table to sort and filter, and the charts."""
+def page(
+    results: Sequence[Result],
+    groups: Sequence[Group],
+    titled: Sequence[FigureGroup] = (),
+    *,
+    reference: bool = False,
+) -> str:
+    """One HTML page: a table to sort and filter, and the charts; tables of figures."""
     from jinja2 import Environment
 
     source = resources.files("mlxedge.bench").joinpath("report.html.j2").read_text("utf-8")
@@ -31,6 +38,7 @@ def page(results: Sequence[Result], groups: Sequence[Group], *, reference: bool 
         groups=[tables.about(group) for group in groups],
         differences=[str(difference) for difference in differences(results)],
         charts=[*_charts(groups, reference)],
+        titled=[(group, *tables.figures_beside(group)) for group in titled],
         reference=tables.reference(chips()) if reference else None,
         reference_model=REFERENCE_MODEL,
         drift_bound=f"{DRIFT_BOUND:.0%}",

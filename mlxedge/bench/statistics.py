@@ -35,8 +35,9 @@ class Interval:
 
 
 def drift(values: Sequence[float]) -> float | None:
-    """The last over the first, less one: below zero when it slows down; ``None`` for one value."""
-    return values[-1] / values[0] - 1 if len(values) > 1 else None
+    """The last over the first, less one: below zero when it slows down; ``None`` for one value, or
+    a first of zero."""
+    return values[-1] / values[0] - 1 if len(values) > 1 and values[0] else None
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -45,8 +46,9 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
-    """Of the mean of positive values; ``None`` for fewer than three, which tell too little."""
-    if len(values) < 3:
+    """Of the mean of positive values; ``None`` for fewer than three, which tell too little, or if
+    one is not positive."""
+    if len(values) < 3 or min(values) <= 0:
         return None
     found = np.log(np.asarray(values, np.float64))
     mean = float(np.mean(np.asarray(values, np.float64)))
@@ -56,8 +58,9 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 
 
 def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
-    """Of mean(ours) / mean(theirs), all positive; ``None`` if one has fewer than three values."""
-    if len(ours) < 3 or len(theirs) < 3:
+    """Of mean(ours) / mean(theirs), all positive; ``None`` if one has fewer than three values, or
+    one that is not positive."""
+    if len(ours) < 3 or len(theirs) < 3 or min(*ours, *theirs) <= 0:
         return None
     a, b = (np.asarray(values, np.float64) for values in (ours, theirs))
     low, high = _interval(np.log(a), np.log(b))

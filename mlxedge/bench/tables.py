@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlxedge.bench.chips import REFERENCE_WEIGHT_BYTES, Chip
-from mlxedge.bench.compare import Change, Group, Ranking
+from mlxedge.bench.compare import Group, Ranking
+from mlxedge.bench.compare_figures import Cell, FigureGroup
 from mlxedge.bench.record import Record
+from mlxedge.bench.regression import SPEED, Change
+from mlxedge.bench.results import Result
 from mlxedge.bench.statistics import LEVEL, Interval
 
 Table = tuple[list[str], list[list[str]]]
@@ -28,6 +32,11 @@ def device_name(device: Record) -> str:
     ]
     known = [part for part in parts if part]
     return ", ".join(known) or device.get("machine") or NOT_AVAILABLE
+
+
+def device_folder(device: Record) -> str:
+    """A folder's name for results of a device: ``apple-m2-max-30-gpu-cores-32-gib``."""
+    return "-".join(re.findall(r"[a-z0-9]+", device_name(device).lower()))
 
 
 def engine_name(engine: Record) -> str:
@@ -216,6 +225,33 @@ def _ends(figure: Record) -> str:
     return "-" if low is None else f"{low:.4g} to {high:.4g}"
 
 
+def labels(results: Sequence[Result]) -> list[str]:
+    """What to call each of several records: its device, or its name where devices are the same."""
+    devices = [device_name(result.record["device"]) for result in results]
+    names = [result.name for result in results]
+    if len(set(devices)) == len(devices):
+        return devices
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} [{number}]" for number, name in enumerate(names, 1)]
+
+
+def figures_beside(group: FigureGroup) -> Table:
+    """Figures of one title, a column for each record."""
+    rows = [
+        [row.name, row.side, row.unit, row.better, *map(_cell, row.cells)] for row in group.rows
+    ]
+    return ["figure", "of", "unit", "better", *labels(group.results)], rows
+
+
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    if cell.ratio is None:
+        return f"{cell.mean:.4g}"
+    return f"{cell.mean:.4g} (× {cell.ratio:.2f}{', no difference shown' if cell.tied else ''})"
+
+
 def figures_csv(records: Iterable[Record]) -> str:
     """A line for each value."""
     out = io.StringIO()
@@ -251,37 +287,35 @@ def reference(chips: Sequence[Chip]) -> Table:
 
 
 def changes(found: Sequence[Change]) -> Table:
-    """Tests now and before."""
+    """Tests and figures now and before."""
     rows = [
         [
             change.name,
             change.test,
-            f"{change.before:.2f}",
-            f"{change.now:.2f}",
+            _value(change, change.before),
+            _value(change, change.now),
             f"{change.ratio:.3f}",
             "-" if change.interval is None else span3(change.interval),
-            _VERDICTS[_verdict(change)],
+            verdict(change),
         ]
         for change in found
     ]
     return ["result", "test", "before", "now", "ratio", f"{LEVEL:.0%} interval", ""], rows
 
 
+def _value(change: Change, value: float) -> str:
+    return f"{value:.2f}" if change.unit == SPEED else f"{value:.4g} {change.unit}"
+
+
 def span3(interval: Interval) -> str:
     return f"{interval.low:.3f} to {interval.high:.3f}"
 
 
-_VERDICTS = {
-    "few": "too few runs",
-    "slower": "slower",
-    "faster": "faster",
-    "same": "no difference shown",
-}
+_VERDICTS = {"few": "too few runs", "same": "no difference shown"}
+_OF_SPEED = {"worse": "slower", "better": "faster"}
 
 
-def _verdict(change: Change) -> str:
-    if change.interval is None:
-        return "few"
-    if change.interval.high < 1:
-        return "slower"
-    return "faster" if change.interval.low > 1 else "same"
+def verdict(change: Change) -> str:
+    """In words: a speed is slower, other figures are worse."""
+    found = _VERDICTS.get(change.verdict, change.verdict)
+    return _OF_SPEED.get(found, found) if change.unit == SPEED else found

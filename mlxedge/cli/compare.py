@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mlxedge.bench.compare import Change, Group
+    from mlxedge.bench.compare import Group
+    from mlxedge.bench.compare_figures import Cell, FigureGroup
+    from mlxedge.bench.regression import Change
     from mlxedge.bench.results import Result
 
 
@@ -33,10 +35,10 @@ class _Percent(click.ParamType):
 @click.command()
 @click.argument("places", nargs=-1, required=True, metavar="RESULTS...")
 @click.option("--baseline", metavar="RESULTS",
-              help="Compare every test with that of these earlier results.")  # fmt: skip
+              help="Compare every test and figure with that of these earlier results.")  # fmt: skip
 @click.option("--fail-below", type=_Percent(), metavar="PERCENT",
-              help="With --baseline: exit with 1 if a test is slower than before by more than "
-              "this, and the runs support that it is.")  # fmt: skip
+              help="With --baseline: exit with 1 if a test is slower, or a figure worse, than "
+              "before by more than this, and the runs support that it is.")  # fmt: skip
 @click.option("--reference", is_flag=True,
               help="Show the published results of M1 to M5 beside them.")  # fmt: skip
 @click.option("--force", is_flag=True,
@@ -66,11 +68,14 @@ def command(
     RESULTS are records that bench wrote, llama-bench's or LocalScore's JSON, or what
     mlx_lm.benchmark printed. Ranked are only those that agree in model hash, quantization, test and
     the engine with its build; what differs in one of these stands apart, and the difference is
-    named. Intervals are those of 95 %; where they overlap no difference is shown.
+    named. Records of figures (bench --kernels, the project's benchmarks) stand beside each other by
+    title. Intervals are those of 95 %; where they overlap no difference is shown.
     """
+    from mlxedge.bench import tables
     from mlxedge.bench.compare import compare, differences
+    from mlxedge.bench.compare_figures import compare_figures
+    from mlxedge.bench.record import FIGURES
     from mlxedge.bench.results import read_results
-    from mlxedge.bench.tables import to_csv
     from mlxedge.cli import ui
 
     if fail_below is not None and baseline is None:
@@ -79,16 +84,24 @@ def command(
     if baseline is not None:
         _against(read_results([baseline]), results, fail_below, force, form)
         return
-    groups = compare(results, force=force)
-    found = differences(results)
-    _write(results, groups, html, svg, png, reference)
+    models = [result for result in results if result.record["kind"] != FIGURES]
+    titled = compare_figures([result for result in results if result.record["kind"] == FIGURES])
+    if titled and form == "csv" and models:
+        raise click.UsageError("--csv is one table: give results of models or figures, not both.")
+    if not models and (svg or png):
+        raise click.UsageError("--svg and --png draw results of models, and there is none.")
+    groups = compare(models, force=force)
+    found = differences(models)
+    _write(models, groups, titled, html, svg, png, reference)
     if form == "json":
-        ui.print_json(_as_json(groups, [str(d) for d in found]))
+        ui.print_json(_as_json(groups, titled, [str(d) for d in found]))
         return
     if form == "csv":
-        click.echo(to_csv(result.record for result in results), nl=False)
+        records = [result.record for result in results]
+        click.echo(tables.figures_csv(records) if titled else tables.to_csv(records), nl=False)
         return
     _show(groups, form)
+    _show_figures(titled, form, after=bool(groups))
     if found and force:
         for difference in found:
             ui.warn(f"ranked by force, though they differ in {difference}")
@@ -102,6 +115,7 @@ def command(
 def _write(
     results: Sequence[Result],
     groups: Sequence[Group],
+    titled: Sequence[FigureGroup],
     html: Path | None,
     svg: Path | None,
     png: Path | None,
@@ -111,7 +125,7 @@ def _write(
     from mlxedge.cli import ui
 
     for path, make in (
-        (html, lambda: report.page(results, groups, reference=reference).encode()),
+        (html, lambda: report.page(results, groups, titled, reference=reference).encode()),
         (svg, lambda: report.bars(groups).encode()),
         (png, lambda: report.to_png(report.bars(groups))),
     ):
@@ -134,6 +148,27 @@ def _show(groups: Sequence[Group], form: str | None) -> None:
             click.echo()
         click.echo(ui.printable(tables.about(group)))
         ui.table(headers, [[ui.printable(cell) for cell in row] for row in rows])
+
+
+def _show_figures(titled: Sequence[FigureGroup], form: str | None, *, after: bool) -> None:
+    from mlxedge.bench import tables
+    from mlxedge.cli import ui
+
+    for number, group in enumerate(titled):
+        headers, rows = tables.figures_beside(group)
+        if form == "md":
+            click.echo(f"**{group.title}**\n")
+            click.echo(tables.to_markdown((headers, rows)))
+        else:
+            if number or after:
+                click.echo()
+            click.echo(ui.printable(group.title))
+            ui.table(
+                [ui.printable(header) for header in headers],
+                [[ui.printable(cell) for cell in row] for row in rows],
+            )
+        for difference in group.differences:
+            ui.note(f"figures of {ui.printable(group.title)} differ in {difference}")
 
 
 def _reference(form: str | None) -> None:
@@ -159,43 +194,48 @@ def _against(
     form: str | None,
 ) -> None:
     from mlxedge.bench import tables
-    from mlxedge.bench.compare import against
+    from mlxedge.bench.regression import against
     from mlxedge.cli import ui
 
-    changes = against(baseline, results, bound or 0.0, force=force)
+    changes = against(baseline, results, force=force)
     table = tables.changes(changes)
     if form == "json":
-        ui.print_json([_change(change) for change in changes])
+        ui.print_json([_change(change, bound or 0.0) for change in changes])
     elif form == "md":
         click.echo(tables.to_markdown(table), nl=False)
     else:
         ui.table(table[0], [[ui.printable(cell) for cell in row] for row in table[1]])
-    slower = [change for change in changes if change.slower]
-    if bound is not None and slower:
-        for change in slower:
-            ui.note(
-                f"slower: {change.test} of {ui.printable(change.name)} runs at "
-                f"{change.ratio:.1%} of its speed before"
-            )
+    worse = [change for change in changes if bound is not None and change.worse_by(bound)]
+    for change in worse:
+        ui.note(
+            f"{tables.verdict(change)}: {ui.printable(change.test)} of {ui.printable(change.name)} "
+            f"is at {change.ratio:.1%} of what it was"
+        )
+    if worse:
         raise SystemExit(1)
 
 
-def _change(change: Change) -> dict[str, Any]:
+def _change(change: Change, bound: float) -> dict[str, Any]:
     interval = change.interval
     return {
         "name": change.name,
         "test": change.test,
+        "unit": change.unit,
+        "better": change.better,
         "before": change.before,
         "now": change.now,
         "ratio": change.ratio,
         "interval": None if interval is None else [interval.low, interval.high],
-        "slower": change.slower,
+        "worse": change.worse_by(bound),
     }
 
 
-def _as_json(groups: Sequence[Group], differing: list[str]) -> dict[str, Any]:
+def _as_json(
+    groups: Sequence[Group], titled: Sequence[FigureGroup], differing: list[str]
+) -> dict[str, Any]:
     return {
         "differences": differing,
+        "figures": [_figures_as_json(group) for group in titled],
         "groups": [
             {
                 "about": group.about,
@@ -222,4 +262,31 @@ def _as_json(groups: Sequence[Group], differing: list[str]) -> dict[str, Any]:
             }
             for group in groups
         ],
+    }
+
+
+def _figures_as_json(group: FigureGroup) -> dict[str, Any]:
+    return {
+        "title": group.title,
+        "differences": [str(difference) for difference in group.differences],
+        "results": [{"name": r.name, **r.record} for r in group.results],
+        "rows": [
+            {
+                "figure": row.name,
+                "of": row.side,
+                "unit": row.unit,
+                "better": row.better,
+                "values": [None if cell is None else _cell(cell) for cell in row.cells],
+            }
+            for row in group.rows
+        ],
+    }
+
+
+def _cell(cell: Cell) -> dict[str, Any]:
+    return {
+        "mean": cell.mean,
+        "interval": [cell.interval.low, cell.interval.high] if cell.interval else None,
+        "ratio": cell.ratio,
+        "no_difference_shown": cell.tied,
     }

@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 from oracles.bench_records import record, speeds
 
-from mlxedge.bench.compare import Row, against, compare, differences, share_of_roofline
+from mlxedge.bench.compare import Row, compare, differences, share_of_roofline
 from mlxedge.bench.record import save_records, versions
+from mlxedge.bench.regression import against
 from mlxedge.bench.results import Result
 from mlxedge.cli import main
 from mlxedge.errors import UsageError
@@ -136,8 +137,8 @@ def test_published_results_stand_apart_with_what_they_are_from(tmp_path: Path) -
     assert "secondary copy" in table
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], bound: float = 0.05) -> list[Any]:
-    return against([Result("old", before)], [Result("new", now)], bound)
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Any]:
+    return against([Result("old", before)], [Result("new", now)])
 
 
 @pytest.mark.parametrize(
@@ -150,17 +151,17 @@ def changes(before: dict[str, Any], now: dict[str, Any], bound: float = 0.05) ->
 def test_a_slowdown_must_be_large_and_supported(now: float, spread: float, slower: bool) -> None:
     (change,) = changes(of_speed(100.0, 0.01), of_speed(now, spread))
     assert change.ratio == pytest.approx(now / 100, rel=2e-2)
-    assert change.slower == slower
+    assert change.worse_by(0.05) == slower
 
 
 def test_builds_may_differ_from_the_baseline_and_devices_may_not() -> None:
     newer = of_speed(80.0, engine={"build": "mlxedge 2", "versions": {"numpy": "9"}})
     (change,) = changes(of_speed(100.0), newer)
-    assert change.slower
+    assert change.worse_by(0.05)
     elsewhere = of_speed(80.0, device={"cpu": "Apple M4"})
     with pytest.raises(UsageError, match="on another device"):
         changes(of_speed(100.0), elsewhere)
-    assert against([Result("o", of_speed(100.0))], [Result("n", elsewhere)], 0.05, force=True)
+    assert against([Result("o", of_speed(100.0))], [Result("n", elsewhere)], force=True)
     with pytest.raises(UsageError, match="has no test of the same model"):
         changes(of_speed(100.0), of_speed(80.0, model={"sha256": "cd" * 32}))
 
@@ -174,11 +175,11 @@ def test_the_exit_status_of_a_regression(tmp_path: Path) -> None:
     assert "no difference shown" in fine.stdout
     failed = run(slow, "--baseline", old, "--fail-below", "5%")
     assert failed.exit_code == 1
-    assert "slower: tg20 of slow runs at 85.0% of its speed before" in failed.stderr
+    assert "slower: tg20 of slow is at 85.0% of what it was" in failed.stderr
     assert run(slow, "--baseline", old).exit_code == 0  # it is only shown
     assert run(slow, "--baseline", old, "--fail-below", "20").exit_code == 0
     (told,) = json.loads(run(slow, "--baseline", old, "--fail-below", "5%", "--json").stdout)
-    assert told["slower"]
+    assert told["worse"]
     assert told["interval"][1] < 0.9
     for wrong in ("x", "150%", "-1"):
         assert run(slow, "--baseline", old, "--fail-below", wrong).exit_code == 2

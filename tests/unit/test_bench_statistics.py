@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracles.bench_records import record
 
-from mlxedge.bench.compare import against
+from mlxedge.bench.regression import against
 from mlxedge.bench.results import Result
 from mlxedge.bench.statistics import (
     Interval,
@@ -80,6 +80,6 @@ def test_a_regression_is_caught_and_noise_is_not(slower: float, least: float, mo
     alarms = 0
     for _ in range(200):
         before, now = laptop(rng, 30.0), laptop(rng, 30.0 * (1 - slower))
-        (change,) = against([before], [now], 0.05)
-        alarms += change.slower
+        (change,) = against([before], [now])
+        alarms += change.worse_by(0.05)
     assert least <= alarms / 200 <= most
