@@ -25,12 +25,16 @@ DATASET = "org/speeds"
 PLACEHOLDERS = {"SOURCE": REPO, "OUT": "out", "org/name": REPO}
 ADAPTER = "org/adapter"
 #: Shorter runs of what is printed; the model's context is small.
-SHORTER = {"mlxedge bench": " -p 32 -n 8 -r 2 --threads 1", "mlxedge generate": " -n 8"}
+SHORTER = {
+    "mlxedge bench": " -p 32 -n 8 -r 2 --threads 1 --cooldown 0",
+    "mlxedge generate": " -n 8",
+}
 
 
 def blocks(document: str, language: str) -> list[str]:
     text = (ROOT / document).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [block for of, block in found if of == language]
 
 
 def commands(document: str) -> list[str]:
