@@ -224,7 +224,7 @@ def record(recording: Recording, row: Mapping[str, Any]) -> None:
     ):
         recording.add(f"{row['encoding']}, {name}", side, unit, [row[key]])
     recording.add(f"{row['encoding']}, same top", side, "", [row["same_top"]], "higher")
-    if row["ratio"]:
+    if row["ratio"] and side != "peer":
         recording.add(
             f"{row['encoding']}, KL", f"{side} : peer", RATIO, [1 / row["ratio"]], "higher"
         )
