@@ -101,7 +101,8 @@ class Dense:
     - ``longrope``: whether it is part of the architecture; ``notes``: what to say of a target.
     - ``archs``: see ``ModelSpec``.
     - ``nearly``: what the runtimes compute nearly, as configs call it: GGUF then says which it is.
-    - ``lacks``: the runtimes that do not have it; ``wires``: a config's wiring, where it differs.
+    - ``lacks``: the runtimes that do not have it, ``unlike`` what one has under its name instead;
+      ``wires``: a config's wiring, where it differs.
     - ``yarn_told``: the runtimes that can be told yarn's attention factor.
     - ``tied``: the runtimes that have only tied embeddings, or only untied ones.
     - ``unties``: whether mlx-lm gets a tied table twice, as it needs a head of its own.
@@ -153,6 +154,7 @@ class Dense:
     longrope: bool = False
     nearly: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+    unlike: Mapping[str, str] = field(default_factory=dict)
     wires: Callable[[Config], Wiring] | None = None
     yarn_told: Container[str] = ()
     notes: Callable[[Config, str], list[str]] = lambda config, runtime: []
@@ -404,7 +406,7 @@ class Dense:
         """Why llama.cpp ("gguf") or mlx-lm ("mlx") would compute something else."""
         if runtime in self.lacks:
             lacking = f"{NAMES[runtime]} does not have this architecture ({self.model_type})"
-            return self.check(config, runtime) or [lacking]
+            return [self.unlike.get(runtime, lacking)]
         rope, heads = self._rope(config)
         found = list(self.check(config, runtime))
         name = activation_name(config, self.wiring)

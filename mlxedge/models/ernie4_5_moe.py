@@ -58,11 +58,6 @@ def _settle(config: Config) -> Config:
 
 
 def _check(config: Config, runtime: str) -> list[str]:
-    if runtime == "mlx":
-        return [
-            "mlx-lm's ernie4_5_moe leaves out what is added to scores for the choice of experts "
-            "(e_score_correction_bias)"
-        ]
     first = config["moe_layer_start_index"]
     if config["mlp_only_layers"] != list(range(min(first, config["num_hidden_layers"]))):
         return ["llama.cpp's ernie4_5-moe has experts in all layers from the first with some on"]
@@ -105,6 +100,10 @@ SPEC = Dense(
     },
     theta=5e5,
     lacks=("mlx",),
+    unlike={
+        "mlx": "mlx-lm's ernie4_5_moe leaves out what is added to scores for the choice of experts "
+        "(e_score_correction_bias)"
+    },
     drops_predicting=True,
     buffers=(r"model\.mtp_.*",),
     keys=(

@@ -47,8 +47,6 @@ def _settle(config: Config) -> Config:
 
 
 def _check(config: Config, runtime: str) -> list[str]:
-    if runtime == "mlx":
-        return ["mlx-lm has no hunyuan_v1_moe: what it calls hunyuan scores experts otherwise"]
     if config.get("attention_bias"):
         return ["llama.cpp's hunyuan-moe has no attention biases"]
     return []
@@ -84,6 +82,7 @@ SPEC = Dense(
     defaults={"rms_norm_eps": 1e-5},
     gguf=lambda config: {"expert_shared_feed_forward_length": gv.u32(config["intermediate_size"])},
     lacks=("mlx",),
+    unlike={"mlx": "mlx-lm has no hunyuan_v1_moe: what it calls hunyuan scores experts otherwise"},
     settles=_settle,
     check=_check,
     back=_back,
