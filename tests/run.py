@@ -104,9 +104,12 @@ def ensure_browser(call: Callable[..., None]) -> bool:
     if any(map(shutil.which, BROWSERS)) or MAC_BROWSER.exists():
         return True
     if shutil.which("apt-get") and getattr(os, "geteuid", lambda: 1)() == 0:
-        call("apt-get", "update", "-qq")
-        call("apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium")
-        return True
+        try:
+            call("apt-get", "update", "-qq")
+            call("apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium")
+            return True
+        except subprocess.CalledProcessError:
+            print("! apt-get did not install chromium", flush=True)
     print(f"! no Chromium or Chrome here: {BROWSER_TESTS} is left out", flush=True)
     return False
 
