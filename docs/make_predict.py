@@ -22,9 +22,10 @@ answers before anything is downloaded: of a Hub repository only the heads of its
 a Mac, `--chip`, `--gpu-cores` and `--memory` are its own unless told.
 
 - **Memory** is the weights as that target has them (planned as for a conversion, tensor by tensor),
-  keys and values of the context in f16 (layers with a sliding window keep no more than it), states of
-  recurrent layers in f32, and 0.5 GB for the rest of a runtime. A Mac lets its GPU have about two thirds of a memory of up to
-  36 GB and three quarters of a larger one, unless `iogpu.wired_limit_mb` was raised.
+  keys and values of the context in f16 (layers with a sliding window keep no more than it), states
+  of recurrent layers in f32, and 0.5 GB for the rest of a runtime. A Mac lets its GPU have about
+  two thirds of a memory of up to 36 GB and three quarters of a larger one, unless
+  `iogpu.wired_limit_mb` was raised.
 - **Decode speed** at the end of that context: a token reads the weights that serve it (not the
   table of embeddings, of experts those that are chosen) and the keys and values, once. Memory
   bandwidth over these bytes is the roofline. What share of it is reached is learnt from the

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxedge.errors import UsageError
+from mlxedge.fallback import delta
+from mlxedge.fallback.activations import ACTIVATIONS
 from mlxedge.fallback.state_space import packed, space_kernel, state_cells
 
 if TYPE_CHECKING:
-    from mlxedge.fallback.tape import Buffer
+    from mlxedge.fallback.tape import Activation, Buffer
+
+    #: Some columns of a buffer: the buffer, the first of them, and how many.
+    Part = tuple[Buffer, int, int]
 
 
 def _bits(value: float) -> int:
@@ -20,6 +25,8 @@ def _bits(value: float) -> int:
 
 class RecurrentSteps:
     """Part of a tape."""
+
+    _steps: list[list[int]]
 
     @abstractmethod
     def _record(self, kernel: Any, *fields: int) -> None: ...
@@ -116,3 +123,55 @@ class RecurrentSteps:
             raise UsageError(f"{groups} groups of {x.width} columns, and {weight.size} weights")
         fields = x.offset, self._vector(weight), groups, x.width // groups, _bits(epsilon)
         self._record(space_kernel("group norm"), *fields)
+
+    def delta_rule(
+        self,
+        q: Part,
+        k: Part,
+        v: Part,
+        a: Buffer,
+        b: Buffer,
+        gate: Buffer,
+        out: Buffer,
+        *,
+        key_heads: int,
+        value_heads: int,
+        rate: np.ndarray,
+        bias: np.ndarray,
+        norm: np.ndarray,
+        epsilon: float,
+        activation: Activation = "silu",
+        beta: float = 1.0,
+    ) -> int:
+        """out = RMSNorm(the gated delta rule of q, k and v) · activation(gate), head by head;
+        returns the slot of its state. See :mod:`mlxedge.fallback.delta`.
+
+        Heads of keys, each for as many neighbouring heads of values, become unit vectors in place,
+        and q is divided by the root of their size. The decay is exp(``rate`` · softplus(a +
+        ``bias``)), with a rate f32 ``[value_heads]`` and an ``a`` for each head of values, or for
+        each dimension of its keys; what is wrong is corrected by ``beta`` · sigmoid(b). ``norm``
+        f32 ``[value_dim]`` and ``epsilon`` are the norm's.
+
+        Raises UsageError for sizes that do not fit.
+        """
+        width, size = norm.size, q[2] // key_heads
+        fits = q[2] == k[2] == key_heads * size and v[2] == value_heads * width
+        fits &= gate.width == out.width == v[2] and b.width == rate.size == value_heads
+        fits &= a.width == bias.size and a.width in (value_heads, value_heads * size)
+        if not fits or value_heads % key_heads:
+            raise UsageError(f"a delta rule of {value_heads} heads and {key_heads} of keys")
+        for (buffer, first, _), scale in ((q, size**-0.5), (k, 1.0)):
+            sizes = key_heads, size, _bits(scale), _bits(delta.EPSILON)
+            self._record(delta.delta_kernel("unit"), buffer.offset, 4 * first, *sizes)
+        vectors = self._vector(rate), self._vector(bias)
+        fields = a.offset, b.offset, *vectors, a.width, value_heads, _bits(beta)
+        self._record(delta.delta_kernel("decay"), *fields)
+        slot = self.state(delta.state_cells(value_heads, size, width))
+        self._record(
+            delta.delta_kernel("recur"), len(self._steps),
+            *(part[0].offset for part in (q, k, v)), *(x.offset for x in (a, b, gate, out)),
+            slot, key_heads, value_heads, size, width, 4 * (a.width > value_heads),
+            *(4 * part[1] for part in (q, k, v)),
+            self._vector(norm), _bits(epsilon), ACTIVATIONS[activation],
+        )  # fmt: skip
+        return slot

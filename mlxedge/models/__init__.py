@@ -32,7 +32,8 @@ __all__ = [
 _SHARED = {
     *("altup", "beside", "decoder", "dense", "experts", "graph", "latent", "layout", "mixers"),
     *("names", "per_layer", "recasts", "rope", "rope_files", "routed", "shape", "sharing"),
-    *("delta_nets", "qwen3_5_nets", "spaces", "spec", "weights", "wiring"),
+    *("delta_nets", "qwen3_5_nets", "spaces", "spec", "weights", "windows"),
+    "wiring",
 }
 
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 
 from mlxedge import gguf_values as gv
 from mlxedge.errors import UnsupportedModelError
-from mlxedge.models.dense import Dense, Key, layer_types, windows_by_type
+from mlxedge.models.dense import Dense, Key
 from mlxedge.models.experts import ROUTER_BIAS
 from mlxedge.models.names import names
 from mlxedge.models.rope import Rope, rope_settings
 from mlxedge.models.routed import EXPERTS as DEEPSEEK
 from mlxedge.models.routed import SHARED_EXPERTS, SIGMOID, after_dense
 from mlxedge.models.spec import Config, Name
+from mlxedge.models.windows import layer_types, windows_by_type
 from mlxedge.models.wiring import NAMES, Factors, Wiring
 
 EXPERTS = replace(DEEPSEEK, normalise=True, scale="route_scale", plain_router=False, groups=None)

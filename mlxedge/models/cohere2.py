@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mlxedge.models.cohere import WIRING, check
-from mlxedge.models.dense import Dense, Key, period_of, periodic, windows_by_type
+from mlxedge.models.dense import Dense, Key
 from mlxedge.models.names import names
 from mlxedge.models.rope import Rope, rope_settings
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import period_of, periodic, windows_by_type
 from mlxedge.models.wiring import Factors
 
 

@@ -36,6 +36,7 @@ from mlxedge.models.spec import (
     heads_everywhere,
     one_width,
 )
+from mlxedge.models.windows import FULL, SLIDING, layer_types, no_windows
 from mlxedge.models.wiring import (
     ACTIVATIONS,
     NAMES,
@@ -50,13 +51,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mlxedge.models.altup import AltUp
-
-
-def no_windows(config: Config) -> tuple[int, ...]:
-    return (0,) * config["num_hidden_layers"]
-
-
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def no_ropes(config: Config) -> tuple[Rope | None, ...]:
@@ -269,7 +263,7 @@ class Dense:
                 values[key.gguf] = gv.f32(value) if key.kind == "f32" else gv.u32(value)
         if "gguf" in self.windowed and any(windows := self.windows(config)):
             values["attention.sliding_window"] = gv.u32(max(windows))
-            own = [kind == _SLIDING for kind in layer_types(config, self.period)]
+            own = [kind == SLIDING for kind in layer_types(config, self.period)]
             if own != (pattern := [w > 0 for w in windows]) or not self.period:
                 values["attention.sliding_window_pattern"] = gv.array("bool", pattern)
         if self.nearly:
@@ -366,9 +360,9 @@ class Dense:
         window, pattern = get("attention.sliding_window"), get("attention.sliding_window_pattern")
         found: Config = {"sliding_window": window or None}
         if not window:
-            found["layer_types"] = [_FULL] * layers
+            found["layer_types"] = [FULL] * layers
         elif pattern is not None and not isinstance(pattern, int):
-            found["layer_types"] = [_SLIDING if sliding else _FULL for sliding in pattern]
+            found["layer_types"] = [SLIDING if sliding else FULL for sliding in pattern]
         elif pattern is not None:
             found["sliding_window_pattern"] = pattern
         return found
@@ -526,52 +520,6 @@ def experts_everywhere(experts: Experts, config: Config, runtime: str) -> list[s
         return []
     name = NAMES[runtime]
     return [f"{name} has experts in every layer of a {config['model_type']}, this model has not"]
-
-
-def layer_types(config: Config, period: int) -> list[str]:
-    """Those that a silent config means: all slide but every ``period``-th."""
-    given = config.get("sliding_window_pattern")
-    period = given if type(given) is int and given > 0 else period
-    layers = range(1, config["num_hidden_layers"] + 1)
-    return [_SLIDING if period and i % period else _FULL for i in layers]
-
-
-def windows_by_type(config: Config) -> tuple[int, ...]:
-    """``sliding_window`` in the layers that ``layer_types`` says."""
-    window = int(config.get("sliding_window") or 0)
-    return tuple(window if kind == _SLIDING else 0 for kind in config["layer_types"])
-
-
-def period_of(config: Config) -> int | None:
-    """The period with which layers attend to everything, or ``None`` if they have none."""
-    full = [kind != _SLIDING for kind in config["layer_types"]]
-    periods = range(1, len(full) + 1)
-    return next((p for p in periods if full == [(i + 1) % p == 0 for i in range(len(full))]), None)
-
-
-def periodic(config: Config, runtime: str) -> list[str]:
-    """An objection where mlx-lm knows the layers with windows by their period alone."""
-    if runtime != "mlx" or period_of(config) is not None:
-        return []
-    return ["mlx-lm has full attention in every so many layers, this model otherwise (layer_types)"]
-
-
-def every_layer(config: Config, default: int | None) -> tuple[int, ...]:
-    """``sliding_window`` for all layers; ``default`` is what a silent config means."""
-    return (int(config.get("sliding_window", default) or 0),) * config["num_hidden_layers"]
-
-
-def qwen_windows(config: Config) -> tuple[int, ...]:
-    """None unless ``use_sliding_window`` is set; then in the layers that ``layer_types`` names, or
-    from ``max_window_layers`` on."""
-    layers = range(config["num_hidden_layers"])
-    window = int(config.get("sliding_window", 4096) or 0)
-    if not config.get("use_sliding_window"):
-        return no_windows(config)
-    if types := config.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
-    first = int(config.get("max_window_layers", 28))
-    return tuple(window if layer >= first else 0 for layer in layers)
 
 
 #: What a config says of the whole model, however many parts it has.

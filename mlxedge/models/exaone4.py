@@ -3,10 +3,11 @@ those rotate."""
 
 from __future__ import annotations
 
-from mlxedge.models.dense import Dense, windows_by_type
+from mlxedge.models.dense import Dense
 from mlxedge.models.names import names
 from mlxedge.models.rope import Rope, rope_settings
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import windows_by_type
 from mlxedge.models.wiring import Wiring
 
 WIRING = Wiring(

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mlxedge import gguf_values as gv
 from mlxedge.errors import UnsupportedModelError
-from mlxedge.models.dense import Dense, Get, Key, windows_by_type
+from mlxedge.models.dense import Dense, Get, Key
 from mlxedge.models.experts import ROUTER_BIAS
 from mlxedge.models.names import names
 from mlxedge.models.rope import Rope, rope_settings
@@ -24,6 +24,7 @@ from mlxedge.models.routed import (
     one_expert,
 )
 from mlxedge.models.spec import Config, Name
+from mlxedge.models.windows import windows_by_type
 from mlxedge.models.wiring import Wiring
 
 WIRING = Wiring(head_norm="head")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 
-from mlxedge.models.dense import Dense, Get, Key, plain_rope, windows_by_type
+from mlxedge.models.dense import Dense, Get, Key, plain_rope
 from mlxedge.models.names import names
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import windows_by_type
 from mlxedge.models.wiring import Factors, Wiring
 
 WIRING = Wiring(

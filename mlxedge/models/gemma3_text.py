@@ -7,12 +7,13 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from mlxedge.models.dense import Dense, Get, Key, period_of, periodic, windows_by_type
+from mlxedge.models.dense import Dense, Get, Key
 from mlxedge.models.gemma2 import WIRING as GEMMA2
 from mlxedge.models.gemma2 import scale_objections, width_per_head
 from mlxedge.models.names import names
 from mlxedge.models.rope import Rope, rope_settings
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import period_of, periodic, windows_by_type
 from mlxedge.models.wiring import Factors
 
 WIRING = replace(GEMMA2, head_norm="head")

@@ -18,7 +18,7 @@ from mlxedge import gguf_values as gv
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models import altup, per_layer
 from mlxedge.models.altup import COUNT, AltUp
-from mlxedge.models.dense import Dense, Get, Key, windows_by_type
+from mlxedge.models.dense import Dense, Get, Key
 from mlxedge.models.gemma2 import WIRING as GEMMA2
 from mlxedge.models.gemma3_text import ropes_by_type, settle_ropes
 from mlxedge.models.names import names
@@ -27,10 +27,11 @@ from mlxedge.models.rope import rope_settings
 from mlxedge.models.rope_files import shortest
 from mlxedge.models.sharing import donors, own_layers, unused
 from mlxedge.models.spec import Config, Name, Placeholders
+from mlxedge.models.windows import FULL, SLIDING, windows_by_type
 from mlxedge.models.wiring import Factors, Heads
 
 WIRING = replace(GEMMA2, unit_norm=False, head_norm="head", value_norm=True, laurel=True)
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+
 #: What llama.cpp's graph is written for: these layers keep keys and values, so many are sparse, so
 #: much, and these are the widths (``gemma3n.cpp``, ``llama-hparams.h``).
 _KEEPING, _SPARSE, _SPARSITY = 20, 10, 0.95
@@ -90,17 +91,17 @@ def _check(config: Config, runtime: str) -> list[str]:
     found = []
     if config.get("attention_bias"):
         found.append("attention_bias is not in the runtimes")
-    if any(rope_settings(config, kind).type != "default" for kind in (_SLIDING, _FULL)):
+    if any(rope_settings(config, kind).type != "default" for kind in (SLIDING, FULL)):
         found.append("the runtimes have no rope scaling for gemma3n")
     if runtime == "mlx":
         own = config["layer_types"][: len(own_layers(config))]
-        if {*own} != {_SLIDING, _FULL}:
+        if {*own} != {SLIDING, FULL}:
             found.append("mlx-lm needs layers of both types that have keys of their own")
         return found
     layers, own_count = config["num_hidden_layers"], len(own_layers(config))
     types = config["layer_types"][:own_count]
     alike = own_count == min(layers, _KEEPING)
-    if not alike or (layers > own_count and types[-2:] != [_SLIDING, _FULL]):
+    if not alike or (layers > own_count and types[-2:] != [SLIDING, FULL]):
         found.append(f"llama.cpp's gemma3n shares keys and values from layer {_KEEPING} on only")
     sparse = [_SPARSITY if i < _SPARSE else 0.0 for i in range(layers)]
     if config["activation_sparsity_pattern"] != sparse:

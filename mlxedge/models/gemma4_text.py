@@ -16,7 +16,7 @@ from typing import Any
 from mlxedge import gguf_values as gv
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models import beside, per_layer
-from mlxedge.models.dense import Dense, Get, Key, windows_by_type
+from mlxedge.models.dense import Dense, Get, Key
 from mlxedge.models.experts import Experts
 from mlxedge.models.gemma2 import WIRING as GEMMA2
 from mlxedge.models.names import names
@@ -24,13 +24,14 @@ from mlxedge.models.rope import PROPORTIONAL, Rope, rope_settings
 from mlxedge.models.rope_files import shortest
 from mlxedge.models.sharing import donors, own_layers, sharing_objections, unused
 from mlxedge.models.spec import Config, Name
+from mlxedge.models.windows import FULL, SLIDING, windows_by_type
 from mlxedge.models.wiring import Factors, Heads
 
 WIRING = replace(GEMMA2, unit_norm=False, head_norm="head", value_norm=True, layer_scalar=True)
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+
 _ROPES = {
-    _SLIDING: {"rope_type": "default", "rope_theta": 1e4},
-    _FULL: {"rope_type": PROPORTIONAL, "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+    FULL: {"rope_type": PROPORTIONAL, "partial_rotary_factor": 0.25, "rope_theta": 1e6},
 }
 _OLD = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 #: The keys of layers that attend to everything, and of ``per_layer_config`` the same.
@@ -40,9 +41,9 @@ _GLOBAL = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key
 def _settle(config: Config) -> Config:
     """With all keys spelled out, and sizes of layers in the older style."""
     types = [*(config.get("layer_types") or [])]
-    types = types or [_FULL if i % 6 == 5 else _SLIDING for i in range(config["num_hidden_layers"])]
-    types[-1] = _FULL  # as transformers has it, whatever the config says
-    if set(types) - {_SLIDING, _FULL}:
+    types = types or [FULL if i % 6 == 5 else SLIDING for i in range(config["num_hidden_layers"])]
+    types[-1] = FULL  # as transformers has it, whatever the config says
+    if set(types) - {SLIDING, FULL}:
         raise UnsupportedModelError("gemma4_text has layers of other types than it knows")
     config = {
         "global_head_dim": 512,
@@ -65,8 +66,8 @@ def _settle(config: Config) -> Config:
     for own in ropes.values():
         if own["rope_type"] == "default":
             own.pop("partial_rotary_factor", None)  # transformers turns all of a head
-    if ropes[_FULL]["rope_type"] == "default":
-        ropes[_FULL] |= {"rope_type": PROPORTIONAL, "partial_rotary_factor": 1.0}
+    if ropes[FULL]["rope_type"] == "default":
+        ropes[FULL] |= {"rope_type": PROPORTIONAL, "partial_rotary_factor": 1.0}
     config = {k: v for k, v in config.items() if k not in _OLD}
     config["rope_parameters"] = ropes
     if config["enable_moe_block"]:
@@ -84,7 +85,7 @@ def _settle(config: Config) -> Config:
 def _by_layer(given: Any, config: Config) -> Config:
     """What transformers 5 keeps of single layers under ``per_layer_config``, as the keys that stand
     for all layers of a type."""
-    full = [i for i, kind in enumerate(config["layer_types"]) if kind == _FULL]
+    full = [i for i, kind in enumerate(config["layer_types"]) if kind == FULL]
     if not given:
         return {"global_head_dim": config["head_dim"], "num_global_key_value_heads": None}
     found = {int(layer): own for layer, own in given.items() if own} if _numbered(given) else {}
@@ -122,8 +123,8 @@ def _heads(config: Config) -> tuple[Heads, ...]:
     count, kv = config["num_attention_heads"], config["num_key_value_heads"]
     alike = config["attention_k_eq_v"]
     kinds = {
-        _SLIDING: Heads(count, kv, config["head_dim"]),
-        _FULL: Heads(
+        SLIDING: Heads(count, kv, config["head_dim"]),
+        FULL: Heads(
             count, config["num_global_key_value_heads"] or kv, config["global_head_dim"], alike
         ),
     }
@@ -154,9 +155,9 @@ def _check(config: Config, runtime: str) -> list[str]:
     found = sharing_objections(config, runtime)
     if config.get("attention_bias") or config.get("use_bidirectional_attention") == "all":
         found.append("attention_bias and bidirectional attention are not in the runtimes")
-    if rope_settings(config, _SLIDING).type != "default":
+    if rope_settings(config, SLIDING).type != "default":
         found.append("layers with windows have no rope scaling in the runtimes")
-    full = rope_settings(config, _FULL)
+    full = rope_settings(config, FULL)
     if full.type != PROPORTIONAL:
         found.append(f"the runtimes have no {full.type} rope scaling for gemma4")
     elif runtime == "mlx" and int(config["global_head_dim"] * full.fraction) % 2:
@@ -165,7 +166,7 @@ def _check(config: Config, runtime: str) -> list[str]:
 
 
 def _gguf(config: Config) -> gv.Metadata:
-    head, sliding = config["head_dim"], rope_settings(config, _SLIDING)
+    head, sliding = config["head_dim"], rope_settings(config, SLIDING)
     return {
         "attention.key_length_swa": gv.u32(head),
         "attention.value_length_swa": gv.u32(head),
@@ -189,7 +190,7 @@ def _back(config: Config, get: Get) -> Config:
     shared = get("attention.shared_kv_layers", 0)
     full = config.pop("rope_parameters")
     if full["rope_type"] != PROPORTIONAL:
-        full = _ROPES[_FULL] | {"rope_theta": full["rope_theta"], "partial_rotary_factor": 1.0}
+        full = _ROPES[FULL] | {"rope_theta": full["rope_theta"], "partial_rotary_factor": 1.0}
     theta = shortest(get("rope.freq_base_swa", 1e4))
     widths, kv = get("feed_forward_length"), get("attention.head_count_kv")
     made = config | {
@@ -200,8 +201,8 @@ def _back(config: Config, get: Get) -> Config:
         "hidden_size_per_layer_input": get("embedding_length_per_layer_input", 0),
         "vocab_size_per_layer_input": config["vocab_size"],
         "rope_parameters": {
-            _FULL: full,
-            _SLIDING: {"rope_type": "default", "rope_theta": theta},
+            FULL: full,
+            SLIDING: {"rope_type": "default", "rope_theta": theta},
         },
         "tie_word_embeddings": True,
         "enable_moe_block": bool(config.get("num_experts")),
@@ -209,13 +210,13 @@ def _back(config: Config, get: Get) -> Config:
     }
     if not isinstance(kv, int):
         by_type = dict(zip(config["layer_types"], map(int, kv), strict=True))
-        made["num_global_key_value_heads"] = by_type[_FULL]
-        made["num_key_value_heads"] = by_type.get(_SLIDING, by_type[_FULL])
+        made["num_global_key_value_heads"] = by_type[FULL]
+        made["num_key_value_heads"] = by_type.get(SLIDING, by_type[FULL])
     return made
 
 
 def _by_tensors(config: Config, names: Container[str]) -> Config:
-    full = config["layer_types"].index(_FULL)
+    full = config["layer_types"].index(FULL)
     return config | {"attention_k_eq_v": f"blk.{full}.attn_v.weight" not in names}
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mlxedge import gguf_values as gv
-from mlxedge.models.dense import Dense, Get, windows_by_type
+from mlxedge.models.dense import Dense, Get
 from mlxedge.models.experts import Experts
 from mlxedge.models.names import names
 from mlxedge.models.recasts import Join, Recast, Transpose, row_by_row
 from mlxedge.models.rope import rope_settings
 from mlxedge.models.spec import Config, Name
+from mlxedge.models.windows import windows_by_type
 from mlxedge.models.wiring import Wiring
 
 EXPERTS = Experts(

@@ -6,11 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 from mlxedge import gguf_values as gv
-from mlxedge.models.dense import Dense, every_layer
+from mlxedge.models.dense import Dense
 from mlxedge.models.names import names
 from mlxedge.models.rope import rope_settings
 from mlxedge.models.rope_files import Get, both_styles, rope_values, shortest
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import every_layer
 from mlxedge.models.wiring import Factors
 
 _BETA, _SPAN = "llama_4_scaling_beta", "original_max_position_embeddings"

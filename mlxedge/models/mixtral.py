@@ -4,10 +4,11 @@ llama.cpp runs it as a llama with experts. transformers keeps the experts apart 
 the first release, ``block_sparse_moe.experts.E.w1`` (gate), ``w3`` (up) and ``w2`` (down).
 """
 
-from mlxedge.models.dense import Dense, every_layer, plain_rope
+from mlxedge.models.dense import Dense, plain_rope
 from mlxedge.models.experts import Experts
 from mlxedge.models.names import names
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import every_layer
 
 EXPERTS = Experts(width="intermediate_size", sparse=False, score="softmax_top", normalise=False)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxedge.models.dense import Dense, Get, layer_types, windows_by_type
+from mlxedge.models.dense import Dense, Get
 from mlxedge.models.names import names
 from mlxedge.models.olmo2 import WIRING
 from mlxedge.models.rope import Rope, rope_settings
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import layer_types, windows_by_type
 
 _KINDS = ("full_attention", "sliding_attention")
 _THETA = 5e5

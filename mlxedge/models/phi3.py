@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mlxedge.models.dense import Dense, Key, every_layer, longrope_notes, longrope_objections
+from mlxedge.models.dense import Dense, Key, longrope_notes, longrope_objections
 from mlxedge.models.names import names
 from mlxedge.models.rope import LONG, rope_settings
 from mlxedge.models.rope_files import rope_values
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import every_layer
 from mlxedge.models.wiring import Wiring
 
 WIRING = Wiring(qkv_fused=True, mlp="fused", partial=True)

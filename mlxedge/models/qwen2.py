@@ -1,7 +1,8 @@
 """qwen2: Qwen 1.5, 2 and 2.5; biases on q, k and v."""
 
-from mlxedge.models.dense import Dense, qwen_windows
+from mlxedge.models.dense import Dense
 from mlxedge.models.names import names
+from mlxedge.models.windows import qwen_windows
 
 SPEC = Dense(
     model_type="qwen2",

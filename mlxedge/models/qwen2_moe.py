@@ -1,9 +1,10 @@
 """qwen2_moe: Qwen 1.5 and 2 with experts and one that all tokens share; biases on q, k and v."""
 
-from mlxedge.models.dense import Dense, experts_everywhere, plain_rope, qwen_windows
+from mlxedge.models.dense import Dense, experts_everywhere, plain_rope
 from mlxedge.models.experts import Experts
 from mlxedge.models.names import names
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import qwen_windows
 
 EXPERTS = Experts(shared_width="shared_expert_intermediate_size")
 

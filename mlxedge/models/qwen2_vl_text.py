@@ -6,11 +6,12 @@ runtimes get a Qwen 2: llama.cpp's qwen2vl leaves the norms' epsilon out.
 
 from __future__ import annotations
 
-from mlxedge.models.dense import Dense, qwen_windows
+from mlxedge.models.dense import Dense
 from mlxedge.models.names import names
 from mlxedge.models.rope import rope_settings
 from mlxedge.models.rope_files import both_styles, rope_values
 from mlxedge.models.spec import Config, ModelSpec
+from mlxedge.models.windows import qwen_windows
 
 #: How many pairs of dimensions turn by time, height and width.
 SECTIONS = "mrope_section"

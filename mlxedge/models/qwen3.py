@@ -1,8 +1,9 @@
 """qwen3: dense Qwen 3; RMSNorm on each head of q and k, no biases."""
 
-from mlxedge.models.dense import Dense, qwen_windows
+from mlxedge.models.dense import Dense
 from mlxedge.models.names import names
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import qwen_windows
 from mlxedge.models.wiring import Wiring
 
 WIRING = Wiring(head_norm="head")

@@ -1,9 +1,10 @@
 """qwen3_moe: Qwen 3 with experts; RMSNorm on each head of q and k, no biases."""
 
-from mlxedge.models.dense import Dense, every_layer, experts_everywhere, no_windows
+from mlxedge.models.dense import Dense, experts_everywhere
 from mlxedge.models.experts import Experts
 from mlxedge.models.names import names
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import every_layer, no_windows
 from mlxedge.models.wiring import Wiring
 
 EXPERTS = Experts()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mlxedge.errors import UnsupportedModelError
-from mlxedge.models.dense import Dense, no_windows, windows_by_type
+from mlxedge.models.dense import Dense
 from mlxedge.models.names import names
 from mlxedge.models.rope import Rope, rope_settings
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import no_windows, windows_by_type
 
 
 def _settle(config: Config) -> Config:

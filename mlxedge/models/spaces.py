@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge import gguf_values as gv
 from mlxedge.errors import TokenizerError, UnsupportedModelError
-from mlxedge.models.dense import no_windows
 from mlxedge.models.names import names
 from mlxedge.models.recasts import Recast, Reshape, Values
 from mlxedge.models.rope_files import shortest
 from mlxedge.models.spec import Config, ModelSpec, Name
+from mlxedge.models.windows import no_windows
 from mlxedge.models.wiring import Wiring
 
 if TYPE_CHECKING:

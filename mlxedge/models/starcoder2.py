@@ -5,9 +5,10 @@ mlx-lm computes GELU itself where the model has its approximation by tanh.
 
 from __future__ import annotations
 
-from mlxedge.models.dense import Dense, every_layer, plain_rope
+from mlxedge.models.dense import Dense, plain_rope
 from mlxedge.models.names import names
 from mlxedge.models.spec import Config
+from mlxedge.models.windows import every_layer
 from mlxedge.models.wiring import Wiring
 
 WIRING = Wiring(layer_norm=True, mlp="plain", activation="gelu_pytorch_tanh")
