@@ -11,9 +11,10 @@ import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlxedge import errors
 from mlxedge.bench.measure import Measurement, ProgressHook, Run, Settings, Test, measure
@@ -36,11 +37,29 @@ class Job:
 def measure_apart(job: Job, progress: ProgressHook | None = None) -> Measurement:
     """:func:`~mlxedge.bench.measure.measure` in a new process; raises what it raises there, and
     BackendError if it dies."""
+    # A pipe that nobody reads would stop a child that has much to complain of.
+    with tempfile.TemporaryFile() as complaints:
+        found, status = _watch(job, progress, complaints)
+        complaints.seek(0)
+        lines = complaints.read().decode("utf-8", "replace").splitlines()
+    if found is None:
+        said = [line for line in lines if line.strip()][-1:]
+        raise errors.BackendError(
+            f"engine {job.engine} ended with status {status} while it was measured"
+            + (f": {said[0][:300]}" if said else "")
+        )
+    return found
+
+
+def _watch(
+    job: Job, progress: ProgressHook | None, complaints: IO[bytes]
+) -> tuple[Measurement | None, int]:
+    """What the child found, if it did, and its status."""
     child = subprocess.Popen(
         [sys.executable, "-m", "mlxedge.bench.apart"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=complaints,
         text=True,
         encoding="utf-8",
         errors="replace",
@@ -67,19 +86,14 @@ def measure_apart(job: Job, progress: ProgressHook | None = None) -> Measurement
         if child.poll() is None:
             child.kill()
             child.wait()
-    if found is None:
-        assert child.stderr is not None
-        said = [line for line in child.stderr.read().splitlines() if line.strip()][-1:]
-        raise errors.BackendError(
-            f"engine {job.engine} ended with status {status} while it was measured"
-            + (f": {said[0][:300]}" if said else "")
-        )
-    return found
+        child.stdout.close()
+    return found, status
 
 
 def _error(said: dict[str, str]) -> errors.MlxedgeError:
     kind = getattr(errors, said["kind"], errors.BackendError)
-    made = errors.MlxedgeError.__new__(kind)
+    # Of the message alone, whatever its own constructor takes.
+    made: errors.MlxedgeError = kind.__new__(kind, said["message"])
     Exception.__init__(made, said["message"])
     return made
 

@@ -19,7 +19,6 @@ from typing import Any
 #: What the published rows ran: Llama-2-7B Q4_0, 3.56 GiB of weights.
 REFERENCE_MODEL = "llama-2-7b Q4_0"
 REFERENCE_WEIGHT_BYTES = 3_825_065_984
-REFERENCE_PARAMETERS = 6_738_415_616
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,12 @@ def find_chips(name: str, gpu_cores: int | None = None) -> list[Chip]:
 
 
 def chip_of(device: Mapping[str, Any]) -> Chip | None:
-    """The row of a described device, by its chip and GPU cores; where the cores are not known, only
+    """The row of a described device, by its chip and GPU cores; where no row has those cores, only
     if all rows of the chip have one bandwidth."""
     name, cores = device.get("cpu"), device.get("gpu_cores")
     if not isinstance(name, str):
         return None
-    found = find_chips(name, cores if isinstance(cores, int) else None)
+    found = find_chips(name, cores) if isinstance(cores, int) else []
+    found = found or find_chips(name)
     same = len({chip.bandwidth_gb_s for chip in found}) == 1
     return found[0] if found and same else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from mlxedge.bench.record import Record
@@ -85,7 +84,7 @@ class Row:
 @dataclass(frozen=True)
 class Ranking:
     """Rows of one test that may be ranked, the fastest first. ``ties`` tells of each row after the
-    first whether no difference from the one before it is shown."""
+    first whether no difference from the first is shown."""
 
     test: str
     rows: tuple[Row, ...]
@@ -132,7 +131,7 @@ def _group(results: Sequence[Result]) -> Group:
 
 def _ranking(rows: Sequence[Row]) -> Ranking:
     ranked = sorted(rows, key=lambda row: -row.mean)
-    ties = [not differ(a, b) for a, b in pairwise(ranked)]
+    ties = [not differ(ranked[0], row) for row in ranked[1:]]
     return Ranking(rows[0].test["name"], tuple(ranked), (False, *ties))
 
 

@@ -223,6 +223,7 @@ def from_localscore(value: Mapping[str, Any]) -> list[Record]:
     tests: list[Record] = []
     for row in results:
         prompt, generated = int(row["n_prompt"]), int(row["n_gen"])
+        ttft = float(row.get("ttft_ms") or 0.0)
         watts = float(row.get("power_watts") or 0.0)
         for kind, tokens, depth, key in (
             ("prefill", prompt, 0, "prompt_tps"),
@@ -234,10 +235,12 @@ def from_localscore(value: Mapping[str, Any]) -> list[Record]:
             spread = row.get(f"{key}_stddev")
             joules = watts * tokens / speed if watts > 0 else None
             spread = float(spread) if spread is not None else None
-            tests.append(_told(cast("Kind", kind), tokens, depth, speed, spread, joules))
-        found = next((t for t in tests if t["kind"] == "prefill" and t["tokens"] == prompt), None)
-        if found and (ttft := float(row.get("ttft_ms") or 0.0)) > 0:
-            found["ttft_seconds"] = {"median": ttft / 1e3, "p95": ttft / 1e3}
+            test = _told(cast("Kind", kind), tokens, depth, speed, spread, joules)
+            if kind == "prefill" and ttft > 0:
+                test["ttft_seconds"] = {"median": ttft / 1e3, "p95": ttft / 1e3}
+            # It repeats prompts of a length with other generations: the first stands for them.
+            if all((t["kind"], t["tokens"], t["depth"]) != (kind, tokens, depth) for t in tests):
+                tests.append(test)
     first = results[0]
     gpu = accelerator.get("type") == "GPU"
     record = _record(

@@ -58,7 +58,7 @@ def describe_onnx(path: Path) -> Found:
     size = sum(file.stat().st_size for file in folder.files)
     about = {
         "name": folder.name,
-        "file": path.name,
+        "file": folder.name,
         "repo": None,
         "revision": None,
         "format": "onnx",
@@ -97,12 +97,17 @@ def choose_engines(found: Found, asked: Sequence[str]) -> list[str]:
             raise UsageError(
                 f"{found.path} is {_KINDS[found.kind]}, and {' and '.join(asked)} run"
                 f"{'s' if len(asked) == 1 else ''} {' or '.join(_KINDS[k] for k in sorted(kinds))}"
-                ": mlxedge convert makes one of the other"
+                + _HELP.get(next((k for k in sorted(kinds) if k in _HELP), ""), "")
             )
         return fitting
     return [_DEFAULTS[found.kind]()]
 
 
+_HELP = {
+    "gguf": ": convert it first (mlxedge convert … --to gguf:q4_k_m)",
+    "mlx": ": convert it first (mlxedge convert … --to mlx:4bit)",
+    "onnx": ": onnxruntime-genai's model builder makes one",
+}
 _KINDS = {
     "gguf": "a GGUF file",
     "mlx": "an MLX folder",

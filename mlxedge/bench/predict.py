@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.bench.chips import REFERENCE_WEIGHT_BYTES, Chip, chips, find_chips
 from mlxedge.errors import UsageError
+from mlxedge.models.recasts import WORLDS
 
 if TYPE_CHECKING:
     from mlxedge.models.shape import Shape
@@ -38,7 +39,9 @@ _GPU_SHARES = ((36 * 2**30, 2 / 3), (1 << 62, 3 / 4))
 #: nothing of that.
 SMALL_BYTES = 10**9
 _KINDS = ("Pro", "Max", "Ultra")
-_EXPERTS = re.compile(r"\.mlp\.experts\.\w+\.weight$")
+_EXPERTS = re.compile(r"\.experts\.")
+#: Tables of which a token reads a row.
+_TABLES = ("model.embed_tokens_per_layer.weight", "model.embed_positions.weight")
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,12 @@ def predict(
     if chip is not None:
         rows = find_chips(chip, gpu_cores)
         if not rows:
-            cores = f" with {gpu_cores} GPU cores" if gpu_cores else ""
-            raise UsageError(f"no chip {chip!r}{cores} is known: {', '.join(known_chips())}")
+            same = [str(row.gpu_cores) for row in find_chips(chip)]
+            if same:
+                raise UsageError(
+                    f"{chip} is known with {' or '.join(same)} GPU cores, not with {gpu_cores}"
+                )
+            raise UsageError(f"no chip {chip!r} is known: {', '.join(known_chips())}")
         read = work.bytes_per_token + (cache or 0)
         ranges = [decode_range(row, read) for row in rows]
         low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
@@ -246,17 +253,28 @@ def _work(
 
 
 def tokens_read(sizes: dict[str, int], spec: ModelSpec, config: dict[str, Any]) -> int:
-    """Bytes that one decode step reads of tensors of these ``sizes``, by canonical name: all but
-    the table of embeddings, where the head is a matrix of its own, and of experts those that serve
-    a token."""
+    """Bytes that one decode step reads of tensors of these ``sizes``, by canonical name, or the
+    name in a world with that before it ("gguf:blk.0.ffn_gate_up_exps.weight"): all but tables of
+    embeddings, unless one is the head as well, and of experts those that serve a token."""
     experts = spec.experts.shape(config) if spec.experts else None
+    made_of = {name: _canonical(name, spec) for name in sizes}
+    tables = list(_TABLES)
+    if "lm_head.weight" in {name for names in made_of.values() for name in names}:
+        tables.append("model.embed_tokens.weight")
     total = 0.0
     for name, nbytes in sizes.items():
-        if name == "model.embed_tokens.weight" and "lm_head.weight" in sizes:
+        if any(own in tables for own in made_of[name]):
             continue
-        used = experts.used / experts.count if experts and _EXPERTS.search(name) else 1.0
-        total += nbytes * used
+        for_some = experts and any(_EXPERTS.search(own) for own in made_of[name])
+        total += nbytes * (experts.used / experts.count if experts and for_some else 1.0)
     return round(total)
+
+
+def _canonical(name: str, spec: ModelSpec) -> tuple[str, ...]:
+    """What a tensor to be written is made of."""
+    world, _, own = name.partition(":")
+    found = spec.recast_of(world, own) if world in WORLDS.values() else None  # type: ignore[arg-type]
+    return (name,) if found is None else tuple(found[0].at(found[1], found[0].canonical))
 
 
 def _cache(shape: Shape | None) -> Callable[[int], int] | None:

@@ -301,7 +301,11 @@ def check_record(where: str | Path, record: Any) -> Record:
     Raises CorruptFileError for what is none, and UsageError for one of another schema.
     """
     if not isinstance(record, dict) or record.get("kind") not in (KIND, FIGURES):
-        raise CorruptFileError(where, "not a record of mlxedge bench")
+        raise CorruptFileError(
+            where,
+            "not a record of mlxedge bench, nor what llama-bench (-o json), LocalScore or "
+            "mlx_lm.benchmark write",
+        )
     if record.get("schema") != SCHEMA:
         raise UsageError(
             f"{where}: schema {str(record.get('schema'))[:20]}; this version reads {SCHEMA}: "

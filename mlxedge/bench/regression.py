@@ -41,8 +41,10 @@ class Change:
     def worse_by(self, bound: float) -> bool:
         """Whether it is worse by more than a share (0.05) of what it was, and the values support
         that it is worse at all."""
+        if self.verdict != "worse":
+            return False
         gain = self.ratio if self.better == "higher" else 1 / self.ratio
-        return self.verdict == "worse" and gain < 1 - bound
+        return gain < 1 - bound
 
 
 def against(
@@ -56,14 +58,17 @@ def against(
     found: list[Change] = []
     other_devices = 0
     for result in results:
+        compared: set[tuple[object, ...]] = set()
         for old in baseline:
             if not _same_work(old.record, result.record):
                 continue
             if not force and not _same_device(old.record, result.record):
                 other_devices += 1
                 continue
-            found += _changes(old.record, result)
-            break
+            for key, change in _changes(old.record, result):
+                if key not in compared:
+                    compared.add(key)
+                    found.append(change)
     if found:
         return found
     if other_devices:
@@ -123,7 +128,7 @@ def _figures(record: Record) -> Iterable[_Measured]:
 _READ: dict[str, Callable[[Record], Iterable[_Measured]]] = {KIND: _tests, FIGURES: _figures}
 
 
-def _changes(old: Record, new: Result) -> Iterable[Change]:
+def _changes(old: Record, new: Result) -> Iterable[tuple[tuple[object, ...], Change]]:
     read = _READ[new.record["kind"]]
     before = {measured.key: measured for measured in read(old)}
     for now in read(new.record):
@@ -132,4 +137,5 @@ def _changes(old: Record, new: Result) -> Iterable[Change]:
             continue
         interval = ratio_interval(now.values, was.values)
         about = new.name, now.name, now.unit, now.better
-        yield Change(*about, was.mean, now.mean, now.mean / was.mean, interval)
+        change = Change(*about, was.mean, now.mean, now.mean / was.mean, interval)
+        yield now.key, change

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import math
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 from mlxedge.bench import hub
 from mlxedge.bench.foreign import read_foreign
 from mlxedge.bench.record import Record, check_record
-from mlxedge.errors import CorruptFileError, NetworkError, SourceNotFoundError
+from mlxedge.errors import CorruptFileError, NetworkError, SourceNotFoundError, UsageError
 
 _LARGEST = 1 << 26
 _TIMEOUT = 30.0
@@ -57,9 +59,14 @@ def _read(place: str) -> Iterator[Result]:
         files = sorted(f for f in path.iterdir() if f.suffix in _SUFFIXES and f.is_file())
         if not files:
             raise SourceNotFoundError(f"{path}: no results (.json) in this folder")
+    found = False
     for file in files:
-        # Of a folder, texts that are no results are not meant.
-        yield from _parse(file, file.stem, _load(file), sure=len(files) == 1)
+        # Of a folder, what is nothing of the kind is not meant.
+        for result in _parse(file, file.stem, _load(file), sure=len(files) == 1):
+            found = True
+            yield result
+    if not found:
+        raise SourceNotFoundError(f"{path}: no results (.json) in this folder")
 
 
 def _load(path: Path) -> bytes:
@@ -74,16 +81,18 @@ def _load(path: Path) -> bytes:
 
 
 def _fetch(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"Accept": "application/json"})
     try:
+        request = urllib.request.Request(url, headers={"Accept": "application/json"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
             raw: bytes = answer.read(_LARGEST + 1)
     except urllib.error.HTTPError as error:
         if error.code in (404, 410):
             raise SourceNotFoundError(f"{url}: there is nothing there ({error.code})") from error
         raise NetworkError(f"{url} answered {error.code} {error.reason}") from error
-    except (OSError, ValueError) as error:
-        raise NetworkError(f"{url} cannot be read: {error}") from error
+    except (ValueError, http.client.InvalidURL) as error:
+        raise UsageError(f"{url} is no address: {error}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise NetworkError(f"{url} cannot be read: {error!r}") from error
     if len(raw) > _LARGEST:
         raise CorruptFileError(url, "too large for benchmark results")
     return raw
@@ -95,7 +104,7 @@ def _parse(where: str | Path, stem: str, raw: bytes, sure: bool = True) -> Itera
     except UnicodeDecodeError as error:
         raise CorruptFileError(where, "not UTF-8 text") from error
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         records = read_foreign(where, text)
         if records is None and not sure and Path(where).suffix != ".json":
@@ -105,9 +114,21 @@ def _parse(where: str | Path, stem: str, raw: bytes, sure: bool = True) -> Itera
                 where, f"neither JSON ({error}) nor what mlx_lm.benchmark prints"
             ) from error
     else:
+        kind = str(value.get("kind")) if isinstance(value, dict) else "mlxedge"
+        if not sure and not kind.startswith("mlxedge") and read_foreign(where, value) is None:
+            return
         records = _records(where, value)
     for i, record in enumerate(records):
         yield Result(stem if len(records) == 1 else f"{stem}[{i}]", record)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON's")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
 
 
 def _records(where: str | Path, value: Any) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ class _Depths(click.ParamType):
               show_default=True, help="Tokens of the prefill test; 0 leaves it out.")  # fmt: skip
 @click.option("-n", "--gen-tokens", type=click.IntRange(min=0), default=128, metavar="N",
               show_default=True, help="Tokens of the decode test; 0 leaves it out.")  # fmt: skip
-@click.option("-d", "--depth", type=_Depths(), default="0", show_default=True,
+@click.option("-d", "--depth", "depths", type=_Depths(), multiple=True, default=("0",),
+              show_default="0",
               help="Tokens of context before the tests; several make a test each.")  # fmt: skip
 @click.option("-r", "--repeats", type=click.IntRange(min=1), default=5, metavar="N",
               show_default=True, help="Runs of each test that count.")  # fmt: skip
@@ -73,7 +75,7 @@ def command(
     engines: tuple[str, ...],
     prompt_tokens: int,
     gen_tokens: int,
-    depth: tuple[int, ...],
+    depths: tuple[tuple[int, ...], ...],
     repeats: int,
     warmup: int,
     cooldown: float,
@@ -102,24 +104,36 @@ def command(
         ui.print_json(records_of.schema())
         return
     if bool(models) == kernels:
-        raise click.UsageError("--kernels takes no MODEL." if models else "Missing 'MODEL...'.")
+        raise click.UsageError(
+            "--kernels takes no MODEL." if models else "Missing argument 'MODEL...'."
+        )
+    if kernels and form == "llama-bench":
+        raise click.UsageError("llama-bench's JSON has no place for kernels.")
+    if pull_request and publish is None:
+        raise click.UsageError("--pr needs --publish.")
+    depth = tuple(dict.fromkeys(depth for several in depths for depth in several))
     settings = Settings(prompt_tokens, gen_tokens, depth, repeats, warmup, cooldown)
     # Before the work, not after it.
     if out is not None:
         records_of.save_records([], out)
     if publish is not None:
         hub.parse(publish)
-    if kernels:
-        found = _kernels(engines, repeats, threads)
-    else:
-        found = _measure(models, engines, settings, threads)
-    written = [] if out is None else records_of.save_records(found, out)
-    if kernels:
-        _show_figures(found, form)
-    else:
-        _show(found, form)
-    for path in written:
-        ui.note(f"written: {path}")
+    measured: Iterator[dict[str, Any]] = (
+        _kernels(engines, repeats, threads)
+        if kernels
+        else _measure(models, engines, settings, threads)
+    )
+    found: list[dict[str, Any]] = []
+    try:
+        for record in measured:
+            found.append(record)
+    finally:
+        # What was measured is kept and shown, whatever became of the rest.
+        if found:
+            written = [] if out is None else records_of.save_records(found, out)
+            (_show_figures if kernels else _show)(found, form)
+            for path in written:
+                ui.note(f"written: {path}")
     if publish is not None:
         try:
             ui.note(f"published: {hub.publish(found, publish, pull_request=pull_request)}")
@@ -132,7 +146,7 @@ def command(
 
 def _measure(
     models: tuple[str, ...], engines: tuple[str, ...], settings: Settings, threads: int | None
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     from mlxedge.bench.device import describe
     from mlxedge.bench.models import choose_engines
     from mlxedge.bench.record import make_record
@@ -141,13 +155,13 @@ def _measure(
     jobs = [
         (found, engine) for found in map(_find, models) for engine in choose_engines(found, engines)
     ]
-    return [
-        make_record(found.about, _run(found, engine, settings, threads), device)
-        for found, engine in jobs
-    ]
+    for found, engine in jobs:
+        yield make_record(found.about, _run(found, engine, settings, threads), device)
 
 
-def _kernels(engines: tuple[str, ...], repeats: int, threads: int | None) -> list[dict[str, Any]]:
+def _kernels(
+    engines: tuple[str, ...], repeats: int, threads: int | None
+) -> Iterator[dict[str, Any]]:
     from mlxedge.bench.figures import figures_record
     from mlxedge.bench.kernels import measure_kernels
     from mlxedge.bench.record import versions
@@ -159,7 +173,6 @@ def _kernels(engines: tuple[str, ...], repeats: int, threads: int | None) -> lis
     if other:
         raise click.UsageError(f"--kernels measures {' and '.join(BACKENDS)}, not {other[0]}.")
     sensors = Sensors()
-    records = []
     for engine in engines or (default_backend(),):
         load_ops(engine)
         before = sensors.conditions()
@@ -170,10 +183,7 @@ def _kernels(engines: tuple[str, ...], repeats: int, threads: int | None) -> lis
                 threads=threads or load_forward().available_threads(),
                 progress=progress,
             )
-        records.append(
-            figures_record(f"kernels, {engine}", figures, versions(engine), before, sensors)
-        )
-    return records
+        yield figures_record(f"kernels, {engine}", figures, versions(engine), before, sensors)
 
 
 def _show_figures(records: list[dict[str, Any]], form: str | None) -> None:
@@ -183,8 +193,6 @@ def _show_figures(records: list[dict[str, Any]], form: str | None) -> None:
     if form == "json":
         ui.print_json(records)
         return
-    if form == "llama-bench":
-        raise click.UsageError("llama-bench's JSON has no place for kernels.")
     table = tables.figures(records)
     if form == "md":
         click.echo(tables.to_markdown(table), nl=False)

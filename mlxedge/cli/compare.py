@@ -80,6 +80,8 @@ def command(
 
     if fail_below is not None and baseline is None:
         raise click.UsageError("--fail-below needs --baseline.")
+    if baseline is not None and (html or svg or png or reference or form == "csv"):
+        raise click.UsageError("--baseline makes its own table: only --json and --md go with it.")
     results = read_results(places)
     if baseline is not None:
         _against(read_results([baseline]), results, fail_below, force, form)

@@ -24,7 +24,7 @@ class _Memory(click.ParamType):
             return value
         found = re.fullmatch(r"(\d+)\s*(?:GB|GiB|G)?", str(value).strip(), re.IGNORECASE)
         if found is None or not 0 < int(found[1]) < 1 << 20:
-            self.fail(f"{value!r} is not a size of memory such as 16GB", param, ctx)
+            self.fail(f"{value!r} is not a size of memory in whole GB such as 16GB", param, ctx)
         return int(found[1]) << 30
 
 
@@ -68,11 +68,7 @@ def command(
     from mlxedge.targets import parse_target
 
     if chip is None:
-        device = describe()
-        this_mac = str(device["cpu"] or "").startswith("Apple ")
-        chip = str(device["cpu"]) if this_mac else None
-        gpu_cores = gpu_cores or (device["gpu_cores"] if this_mac else None)
-        memory = memory or (device["memory_bytes"] if this_mac else None)
+        chip, gpu_cores, memory = _this_mac(describe(), gpu_cores, memory)
     wanted = [parse_target(target) for target in targets]
     with ui.file_progress() as downloads:
         found = inspect(model, revision=revision, progress=downloads, warn=ui.warn)
@@ -95,6 +91,27 @@ def command(
         ui.print_json([_as_json(one) for one in made])
     else:
         _show(made)
+
+
+def _this_mac(
+    device: dict[str, Any], gpu_cores: int | None, memory: int | None
+) -> tuple[str | None, int | None, int | None]:
+    """Chip, GPU cores and memory where nobody named a chip: those of this device, as far as they
+    are known."""
+    from mlxedge.bench.chips import find_chips
+    from mlxedge.cli import ui
+
+    name = str(device["cpu"] or "")
+    if not name.startswith("Apple "):
+        return None, gpu_cores, memory
+    memory = memory or device["memory_bytes"]
+    cores = gpu_cores or device["gpu_cores"]
+    if find_chips(name, cores):
+        return name, cores, memory
+    if gpu_cores is None and find_chips(name):
+        return name, None, memory
+    ui.note(f"no published results of {name}: what fits is told, and not how fast it is")
+    return None, None, memory
 
 
 def _show(made: list[Prediction]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlxedge.engines.base import About, check_tokens
 from mlxedge.errors import BackendError, CorruptFileError
 from mlxedge.sampling import Sampling
+from mlxedge.sources.folder import model_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +50,7 @@ def read_folder(path: Path) -> OnnxFolder:
     if graph.parent != path or not graph.is_file():
         raise CorruptFileError(path / CONFIG, f"there is no graph {graph.name}")
     files = (graph, *sorted(f for f in path.glob(f"{graph.name}*") if f != graph and f.is_file()))
-    return OnnxFolder(path, path.name, vocab, context, str(model.get("type", "")), files)
+    return OnnxFolder(path, model_name(path), vocab, context, str(model.get("type", "")), files)
 
 
 @dataclass

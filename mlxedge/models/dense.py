@@ -315,9 +315,6 @@ class Dense:
         if not vocab:
             raise TokenizerError("the GGUF metadata says neither vocab_size nor the tokens")
         head_dim = get("attention.key_length") or hidden // heads
-        kv_heads = get("attention.head_count_kv", heads)
-        if not isinstance(kv_heads, int):  # of each layer, 0 where there is no attention
-            kv_heads = int(max(kv_heads))
         rope = rope_from_gguf(get, extra, head_dim, self.wiring.partial)
         config: Config = {
             "model_type": self.model_type,

@@ -275,7 +275,10 @@ def _cached(repo: str, revision: str | None, gguf: str | None, check: Check, why
     folder = storage / "snapshots" / commit
     if not commit or not folder.is_dir():
         at = f" at revision {revision}" if revision else ""
-        raise NetworkError(f"{repo}{at} is not in the cache {storage.parent} ({why})")
+        raise NetworkError(
+            f"there is no file or folder {repo} here, and as a repository{at} it is not in the "
+            f"cache {storage.parent} ({why})"
+        )
     if gguf is not None:
         names = [p.relative_to(folder).as_posix() for p in folder.rglob("*.gguf")]
         chosen = part_names(_choose_gguf(f"{repo} (cached copy)", names, gguf))

@@ -210,6 +210,10 @@ def _join(config: Config, step: Step, tensors: list[SourceTensor]) -> list[Sourc
     sizes = [_size(tensor, step.columns) for tensor in tensors]
     total, first = sum(sizes), tensors[0]
     index = np.arange(total) if step.order is None else step.order(config, sizes)
+    if len(index) != total:
+        raise UnsupportedModelError(
+            f"{first.name} is {list(first.shape)}: the config makes that {len(index)} rows"
+        )
     if step.columns or len(first.shape) == 1:
         sources = [_plain(tensor) for tensor in tensors]
         if len({s.encoding for s in sources}) > 1:
@@ -234,6 +238,10 @@ def _part(
             f"{joined.name} is {list(joined.shape)}: the config makes that {total} rows"
         )
     index = np.arange(total) if order is None else order(config, sizes)
+    if len(index) != total:
+        raise UnsupportedModelError(
+            f"{joined.name} is {list(joined.shape)}: the config makes that {len(index)} rows"
+        )
     place = np.empty(total, np.int64)
     place[index] = np.arange(total)
     found = []

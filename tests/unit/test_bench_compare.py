@@ -13,7 +13,7 @@ from oracles.bench_records import record, speeds
 
 from mlxedge.bench.compare import Row, compare, differences, share_of_roofline
 from mlxedge.bench.record import save_records, versions
-from mlxedge.bench.regression import against
+from mlxedge.bench.regression import Change, against
 from mlxedge.bench.results import Result
 from mlxedge.cli import main
 from mlxedge.errors import UsageError
@@ -184,3 +184,73 @@ def test_the_exit_status_of_a_regression(tmp_path: Path) -> None:
     for wrong in ("x", "150%", "-1"):
         assert run(slow, "--baseline", old, "--fail-below", wrong).exit_code == 2
     assert run(slow, "--fail-below", "5%").exit_code == 2
+
+
+def test_a_baseline_of_several_records_is_searched_whole() -> None:
+    """One has the prefill test, another that of decode: both are compared."""
+    whole = record([0.5] * 5, [0.2] * 5)
+    kinds = {test["kind"] for test in whole["tests"]}
+    parts = [
+        Result(kind, whole | {"tests": [t for t in whole["tests"] if t["kind"] == kind]})
+        for kind in sorted(kinds)
+    ]
+    found = against(parts, [Result("now", whole)])
+    assert len(found) == len(kinds) == 2
+
+
+def test_a_figure_that_became_nothing_is_no_error() -> None:
+    assert not Change("a", "b", "s", "lower", 1.0, 0.0, 0.0, None).worse_by(0.05)
+
+
+def test_a_wide_row_between_two_makes_no_tie_of_them(tmp_path: Path) -> None:
+    """Ties are with the fastest, as ratios are."""
+    results = [
+        Result("fast", of_speed(200.0)),
+        Result("wide", of_speed(150.0, spread=0.9)),
+        Result("slow", of_speed(100.0)),
+    ]
+    for result in results:
+        result.record["device"] = dict(result.record["device"], cpu=result.name)
+    [group] = compare(results)
+    for ranking in group.rankings:
+        told = {row.result.name: tie for row, tie in zip(ranking.rows, ranking.ties, strict=True)}
+        assert not told["slow"]
+
+
+@pytest.mark.parametrize("option", ["--html", "--svg", "--csv", "--reference"])
+def test_what_a_baseline_has_no_place_for_is_refused(tmp_path: Path, option: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(of_speed(100.0)))
+    value = [tmp_path / "page"] if option in ("--html", "--svg") else []
+    done = run(file, "--baseline", file, option, *value)
+    assert done.exit_code == 2
+    assert "only --json and --md" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "a.json"
+    record = json.dumps(of_speed(100.0))
+    assert '"mean": 100.0' in record
+    file.write_text(record.replace('"mean": 100.0', f'"mean": {text}', 1))
+    done = run(file, "--json")
+    assert done.exit_code == 1
+    assert "no number of JSON's" in done.stderr
+
+
+@pytest.mark.parametrize("address", ["http://localhost:abc/x", "http://[::1", "http://a b/x"])
+def test_an_address_that_is_none(address: str) -> None:
+    done = run(address)
+    assert done.exit_code == 2
+    assert "is no address" in done.stderr
+
+
+def test_of_a_folder_other_json_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(of_speed(100.0)))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert run(tmp_path).exit_code == 0
+    (tmp_path / "a.json").unlink()
+    (tmp_path / "other.json").write_text("{}")
+    done = run(tmp_path)
+    assert done.exit_code == 1
+    assert "no results" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from mlxedge import errors
+from mlxedge.bench import apart
 from mlxedge.bench.measure import Settings, measure
 from mlxedge.cli import main
 from mlxedge.engines.numpy_engine import NumpyEngine, NumpyState
@@ -199,3 +202,36 @@ def test_peak_memory_is_counted_from_its_start() -> None:
     before, after = map(int, done.stdout.split())
     assert before < 100 << 20
     assert 39 << 20 < after - before < 50 << 20
+
+
+def test_what_was_measured_is_kept_if_a_later_model_fails(tiny: Path, tmp_path: Path) -> None:
+    """Of the second the engine refuses the context, which shows when it is measured."""
+    short = tmp_path / "short"
+    shutil.copytree(tiny, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    done = bench(tiny, short, "--engine", "numpy", "-p", 16, "-n", 0, "-r", 1, "-o", tmp_path / "o")
+    assert done.exit_code != 0
+    assert len(list((tmp_path / "o").glob("*.json"))) == 1
+    assert "pp16" in done.stdout
+
+
+def test_depths_may_be_given_apart(tiny: Path) -> None:
+    done = bench(tiny, "--engine", "numpy", "-p", 0, "-n", 2, "-r", 1, "-d", 0, "-d", "4", "--json")
+    assert [test["depth"] for test in json.loads(done.stdout)[0]["tests"]] == [0, 4]
+
+
+@pytest.mark.parametrize(
+    "kind", [e for e in vars(errors).values() if isinstance(e, type)], ids=lambda e: e.__name__
+)
+def test_every_error_comes_back_from_the_child(kind: type) -> None:
+    if issubclass(kind, errors.MlxedgeError):
+        made = apart._error({"kind": kind.__name__, "message": "what it said"})
+        assert type(made) is kind
+        assert str(made) == "what it said"
+
+
+def test_a_child_may_complain_at_length(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONVERBOSE", "1")
+    job = apart.Job(str(tiny), "numpy", 1, Settings(4, 0, (0,), repeats=1, warmups=0))
+    assert apart.measure_apart(job).tests[0].tokens == 4

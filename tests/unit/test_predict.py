@@ -22,12 +22,15 @@ from mlxedge.bench.predict import (
     predict,
     reference_errors,
     share_of,
+    tokens_read,
     works,
 )
 from mlxedge.cli import main
 from mlxedge.errors import UsageError
+from mlxedge.models import spec_for
 from mlxedge.models.mixers import load_mixer
 from mlxedge.models.shape import shape_of
+from mlxedge.prepare import prepare
 from mlxedge.sources import open_source
 from mlxedge.sources.gguf import read_gguf
 from mlxedge.targets import parse_target
@@ -157,7 +160,7 @@ def test_speed_grows_with_bandwidth_and_falls_with_bytes() -> None:
     assert BUILD in base.basis
     with pytest.raises(UsageError, match="no chip 'M9' is known: M1, M1 Pro"):
         predict(work(), 1, chip="M9")
-    with pytest.raises(UsageError, match="with 11 GPU cores"):
+    with pytest.raises(UsageError, match="M2 is known with 8 or 10 GPU cores, not with 11"):
         predict(work(), 1, chip="M2", gpu_cores=11)
 
 
@@ -227,3 +230,22 @@ def test_what_is_refused(tmp_path: Path, arguments: list[str], problem: str) -> 
 
 def test_find_chips_is_not_fooled_by_cores() -> None:
     assert find_chips("M2", 10) != find_chips("M2", 8)
+
+
+def test_what_a_token_reads_is_told_by_canonical_names(tmp_path: Path) -> None:
+    """Of experts those that serve it, whatever a world joins; of tables a row."""
+    folder = write_checkpoint(tmp_path / "tiny", **SAVED["gemma4_text-experts"])
+    with mlxedge.open_source(folder) as checkpoint:
+        spec, opened = prepare(checkpoint)
+    assert spec.experts is not None
+    experts = spec.experts.shape(opened.config)
+    for name in (
+        "model.layers.0.mlp.experts.gate_proj.weight",
+        "gguf:blk.0.ffn_gate_up_exps.weight",
+        "stored:model.layers.0.experts.gate_up_proj",
+    ):
+        assert tokens_read({name: 800}, spec, opened.config) == round(
+            800 * experts.used / experts.count
+        )
+    tables = {"model.embed_tokens.weight": 10, "model.embed_tokens_per_layer.weight": 1000}
+    assert tokens_read(tables, spec_for({"model_type": "gemma3n_text"}), {}) == 10

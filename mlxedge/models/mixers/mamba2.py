@@ -105,6 +105,7 @@ def adopt(config: Config, called: Mapping[str, str], defaults: Mapping[str, Any]
         given = made.get(called.get(key, key))
         made[key] = default if given is None else given
     inner = None
+    whole_numbers(made, 1, "mamba_n_heads", *({"mamba_expand"} & defaults.keys()))
     if "mamba_expand" in defaults:
         inner = made["mamba_expand"] * made["hidden_size"]
     if made["mamba_d_head"] == "auto" and inner is not None:
@@ -131,6 +132,8 @@ def _limits(given: Any) -> list[float]:
         raise UnsupportedModelError(
             f"time_step_limit is {str(given)[:60]!r}, not two numbers"
         ) from None
+    if not low <= high:
+        raise UnsupportedModelError(f"time_step_limit is {low:g} to {high:g}")
     return [low, high]
 
 
