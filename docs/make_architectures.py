@@ -19,7 +19,7 @@ from mlxedge.models import known_model_types, spec_for
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = Path(__file__).with_name("architectures.md")
-TEST = ROOT / "tests" / "peers" / "test_logits.py"
+TESTS = [ROOT / "tests" / "peers" / f"test_{name}.py" for name in ("logits", "remote_code_moe")]
 PROGRAMS = ("llama.cpp", "mlx-lm", "ours")
 
 HEAD = """# Architectures
@@ -32,9 +32,12 @@ checkpoints that it computes. A model that a runtime would compute otherwise is 
 any work, with the reason; some of the checkpoints are there for that.
 
 "ours" is mlxedge's own forward pass, with which it calibrates, evaluates and generates. llama.cpp
-looks GELU up in a table of f16, which shows. [conversion.md](conversion.md) says how to convert;
-`tests/peers/test_logits.py` and `tests/oracles/architectures.py` have the checkpoints. This page is
-written by `docs/make_architectures.py` from a run of those tests.
+looks GELU up in a table of f16, which shows, as does that it takes the deviation of Gemma 3n's
+sparse gates with n - 1. [conversion.md](conversion.md) says how to convert;
+`tests/peers/test_logits.py` and `tests/oracles/architectures*.py` have the checkpoints; of
+bailing_moe and deepseek, which transformers has no code of, `tests/peers/test_remote_code_moe.py`
+has them, with models that compute the same as the truth. This page is written by
+`docs/make_architectures.py` from a run of those tests.
 
 | model_type | GGUF architecture | checkpoints | llama.cpp | mlx-lm | ours |
 |---|---|---|---|---|---|
@@ -45,7 +48,7 @@ def measured() -> list[dict[str, object]]:
     """What the tests note, once they all pass."""
     with tempfile.TemporaryDirectory() as folder:
         notes = Path(folder) / "notes"
-        command = [sys.executable, "-m", "pytest", "-q", str(TEST)]
+        command = [sys.executable, "-m", "pytest", "-q", *map(str, TESTS)]
         environment = {**os.environ, "MLXEDGE_LOGITS": str(notes)}
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
         return [json.loads(line) for line in notes.read_text("utf-8").splitlines()]

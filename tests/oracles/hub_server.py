@@ -15,6 +15,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -366,6 +367,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _hang_up(self, abruptly: bool) -> None:
         self.close_connection = True
         if abruptly:
+            # A reset throws away what was sent and lies unread.
+            time.sleep(0.05)
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.rfile.close()

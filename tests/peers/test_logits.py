@@ -7,7 +7,6 @@ The checkpoints are random and small; together they draw every option of the arc
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from oracles.checkpoints import (
     write_checkpoint,
 )
 from oracles.llama_cpp import LlamaCpp
+from oracles.logits import check
 from oracles.renamed import as_transformers
 from oracles.stand_ins import load_config
 from oracles.tiny import write_tiny_llama
@@ -137,21 +137,6 @@ def test_logits_agree(
     name = request.node.callspec.params["case"]
     bound = architectures_gemma.BOUNDS.get(name, 1e-3) if program == "llama.cpp" else 1e-3
     check(name, home / "source", program, found, truth, bound if coarse else 1e-4)
-
-
-def check(
-    name: str, folder: Path, program: str, found: np.ndarray, truth: np.ndarray, bound: float
-) -> None:
-    """Assert that logits are within ``bound`` of the largest one of transformers; and note how far
-    they are off where docs/make_architectures.py asks for it."""
-    assert found.shape == truth.shape
-    error = float(np.abs(found - truth).max() / np.abs(truth).max())
-    if notes := os.environ.get("MLXEDGE_LOGITS"):
-        kind = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
-        with Path(notes).open("a", encoding="utf-8") as file:
-            line = {"model_type": kind, "checkpoint": name, "program": program, "error": error}
-            file.write(json.dumps(line) + "\n")
-    assert error <= bound
 
 
 #: What transformers computes and one of the runtimes does not: type, settings, and of the runtime

@@ -13,6 +13,7 @@ import pytest
 import torch
 from oracles.checkpoints import write_checkpoint
 from oracles.llama_cpp import LlamaCpp
+from oracles.logits import check
 from safetensors.torch import load_file, save_file
 
 import mlxedge
@@ -186,17 +187,15 @@ def mlx_lm(folder: Path) -> np.ndarray:
     return np.array(model(mx.array([TOKENS]))[0].astype(mx.float32))
 
 
-def error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
 def test_logits_agree(case: tuple[Path, np.ndarray]) -> None:
     home, truth = case
     with LlamaCpp(home / "source-F32.gguf", cache="f32") as model:
-        assert error(model.logits(TOKENS), truth) <= 1e-4
-    assert error(mlx_lm(home / "source-mlx-f32"), truth) <= 1e-4
+        check(home.name, home / "source", "llama.cpp", model.logits(TOKENS), truth, 1e-4)
+    found = mlx_lm(home / "source-mlx-f32")
+    check(home.name, home / "source", "mlx-lm", found, truth, 1e-4)
     for name in ("source", "source-F32.gguf", "source-mlx-f32", "from-gguf", "from-mlx"):
-        assert error(mlxedge.load(home / name).logits(TOKENS), truth) <= 1e-4
+        found = mlxedge.load(home / name).logits(TOKENS)
+        check(home.name, home / "source", "ours", found, truth, 1e-4)
 
 
 def test_both_ways_back_lead_to_the_source(case: tuple[Path, np.ndarray]) -> None:
