@@ -3,7 +3,7 @@ without attention and MLP."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,24 @@ def stored(name: Name, modules: Mapping[str, str]) -> Name:
             other = own + name.hf.removeprefix(module)
             return replace(name, stored=other, mlx=other)
     return name
+
+
+def namer(layers: Callable[[Config], Collection[int]] | None) -> Callable[..., Name]:
+    """Makes the names of a mixer's tensors in those layers, or in all: of its part there, in GGUF,
+    and the words of its shape; ``key`` of the config says whether it is there."""
+
+    def own(part: str, gguf: str, *shape: str, key: str = "", exact: bool = False) -> Name:
+        given = (lambda config: bool(config[key])) if key else (lambda config: True)
+        return Name(
+            f"{_MODULE}{part}",
+            f"blk.{{i}}.{gguf}",
+            shape,
+            present=given,
+            layers=layers,
+            exact=exact,
+        )
+
+    return own
 
 
 @dataclass(frozen=True)

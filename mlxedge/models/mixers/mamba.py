@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.mixers.attention import STATE_BYTES
-from mlxedge.models.spaces import KERNEL, RATES, in_gguf, rates, whole_numbers
+from mlxedge.models.spaces import KERNEL, RATES, in_gguf, namer, rates, whole_numbers
 from mlxedge.models.spec import Config, Name
 
 if TYPE_CHECKING:
     from mlxedge.models.graph import Graph
     from mlxedge.models.shape import Shape
 
-_MODULE = "model.layers.{i}.mamba."
 _IN, _MADE, _STEPS, _OUT = (
     (f"mamba.{part}",) for part in ("in_proj", "x_proj", "dt_proj", "out_proj")
 )
@@ -67,18 +66,7 @@ def adopt(config: Config, called: Mapping[str, str], defaults: Mapping[str, Any]
 def names(layers: Callable[[Config], Collection[int]] | None = None) -> tuple[Name, ...]:
     """Its tensors in those layers, or in all. Those that GGUF has in another form have a name of
     their own for the place."""
-
-    def own(part: str, gguf: str, *shape: str, key: str = "", exact: bool = False) -> Name:
-        given = (lambda config: bool(config[key])) if key else (lambda config: True)
-        return Name(
-            f"{_MODULE}{part}",
-            f"blk.{{i}}.{gguf}",
-            shape,
-            present=given,
-            layers=layers,
-            exact=exact,
-        )
-
+    own = namer(layers)
     return (
         own("in_proj.weight", "ssm_in.weight", "ssm_in", "hidden"),
         own("in_proj.bias", "ssm_in.bias", "ssm_in", key="mamba_proj_bias"),

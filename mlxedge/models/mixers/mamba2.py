@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from mlxedge.errors import UnsupportedModelError
 from mlxedge.models.mixers.attention import STATE_BYTES
 from mlxedge.models.recasts import Reshape
-from mlxedge.models.spaces import KERNEL, RATES, in_gguf, rates, whole_numbers
+from mlxedge.models.spaces import KERNEL, RATES, in_gguf, namer, rates, whole_numbers
 from mlxedge.models.spec import Config, Name
 
 if TYPE_CHECKING:
     from mlxedge.models.graph import Graph
     from mlxedge.models.shape import Shape
 
-_MODULE = "model.layers.{i}.mamba."
 _IN, _OUT = ("mamba.in_proj",), ("mamba.out_proj",)
 #: What architectures call their settings in turn, by the name here; the value is the default.
 _COUNTS = ("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
@@ -68,18 +67,7 @@ RECASTS = (
 def names(layers: Callable[[Config], Collection[int]] | None = None) -> tuple[Name, ...]:
     """Its tensors in those layers, or in all. Those that GGUF has in another form have a name of
     their own for the place."""
-
-    def own(part: str, gguf: str, *shape: str, key: str = "", exact: bool = False) -> Name:
-        given = (lambda config: bool(config[key])) if key else (lambda config: True)
-        return Name(
-            f"{_MODULE}{part}",
-            f"blk.{{i}}.{gguf}",
-            shape,
-            present=given,
-            layers=layers,
-            exact=exact,
-        )
-
+    own = namer(layers)
     return (
         own("in_proj.weight", "ssm_in.weight", "ssm_in", "hidden"),
         own("in_proj.bias", "ssm_in.bias", "ssm_in", key="mamba_proj_bias"),
