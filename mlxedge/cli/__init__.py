@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 import click
 
-from mlxedge.errors import MlxedgeError
+from mlxedge.errors import CorruptFileError, MlxedgeError
 from mlxedge.version import VERSION
 
 #: Every subcommand, in the order of the help text: name → (module:attribute, what it does).
@@ -122,10 +122,16 @@ def _fail(error: BaseException, arguments: list[str]) -> NoReturn:
     sys.exit(status)
 
 
+#: Files that come by download, and break off.
+_WEIGHTS = (".gguf", ".safetensors")
+
+
 def _explain(error: BaseException) -> tuple[str, int]:
     """One line for ``error``, and the exit status."""
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return "interrupted", INTERRUPTED
+    if isinstance(error, CorruptFileError) and error.path.suffix in _WEIGHTS:
+        return _one_line(f"{error}; download or copy the file again"), error.exit_status
     if isinstance(error, MlxedgeError):
         return _one_line(str(error)), error.exit_status
     if isinstance(error, click.UsageError):
