@@ -103,7 +103,12 @@ def with_failing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CASES = [
-    ("corrupt", 1, "CorruptFileError", "error: model.gguf: bad\\x1b[31m magic at byte 4"),
+    (
+        "corrupt",
+        1,
+        "CorruptFileError",
+        "error: model.gguf: bad\\x1b[31m magic at byte 4; download or copy the file again",
+    ),
     ("disk", 1, "DiskFullError", "error: the disk is full"),
     ("usage", 2, "UsageError", "error: that makes no sense"),
     ("system", 1, "PermissionError", "error: /nowhere: Permission denied"),
