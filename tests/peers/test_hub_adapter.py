@@ -124,7 +124,7 @@ def test_without_a_network(program: HubProgram, base: Path, tmp_path: Path) -> N
         done = program(*command, **extra)
         assert (done.returncode, done.stdout) == (1, "")
         (line,) = done.stderr.splitlines()
-        assert "org/lora is not in the cache" in line
+        assert "no file or folder org/lora here" in line
 
 
 def test_an_adapter_given_as_the_model(
