@@ -56,7 +56,7 @@ def _watch(
 ) -> tuple[Measurement | None, int]:
     """What the child found, if it did, and its status."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "mlxedge.bench.apart"],
+        [sys.executable, "-P", "-m", "mlxedge.bench.apart"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=complaints,

@@ -235,3 +235,15 @@ def test_a_child_may_complain_at_length(tiny: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PYTHONVERBOSE", "1")
     job = apart.Job(str(tiny), "numpy", 1, Settings(4, 0, (0,), repeats=1, warmups=0))
     assert apart.measure_apart(job).tests[0].tokens == 4
+
+
+def test_the_child_takes_nothing_from_the_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout has a folder of the package's name, which is not what is installed."""
+    (tmp_path / "mlxedge").mkdir()
+    (tmp_path / "mlxedge" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    job = apart.Job(str(tiny), "numpy", 1, Settings(4, 0, (0,), repeats=1, warmups=0))
+    assert apart.measure_apart(job).tests[0].tokens == 4
