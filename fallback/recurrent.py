@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     Part = tuple[Buffer, int, int]
 
 
-def _bits(value: float) -> int:
+def bits(value: float) -> int:
+    """Those of an f32, as a step's fields hold it."""
     return int(np.float32(value).view(np.uint32))
 
 
@@ -56,7 +57,7 @@ class RecurrentSteps:
             raise UsageError(f"{dt.width} time steps with {[v.size for v in given]} settings")
         out = dt if decay is None else decay
         fields = dt.offset, out.offset, dt.width, self._vector(bias), self._vector(a)
-        self._record(space_kernel("time steps"), *fields, *map(_bits, limits))
+        self._record(space_kernel("time steps"), *fields, *map(bits, limits))
 
     def scan(
         self,
@@ -121,7 +122,7 @@ class RecurrentSteps:
         """
         if x.width % groups or weight.size != x.width:
             raise UsageError(f"{groups} groups of {x.width} columns, and {weight.size} weights")
-        fields = x.offset, self._vector(weight), groups, x.width // groups, _bits(epsilon)
+        fields = x.offset, self._vector(weight), groups, x.width // groups, bits(epsilon)
         self._record(space_kernel("group norm"), *fields)
 
     def delta_rule(
@@ -161,10 +162,10 @@ class RecurrentSteps:
         if not fits or value_heads % key_heads:
             raise UsageError(f"a delta rule of {value_heads} heads and {key_heads} of keys")
         for (buffer, first, _), scale in ((q, size**-0.5), (k, 1.0)):
-            sizes = key_heads, size, _bits(scale), _bits(delta.EPSILON)
+            sizes = key_heads, size, bits(scale), bits(delta.EPSILON)
             self._record(delta.delta_kernel("unit"), buffer.offset, 4 * first, *sizes)
         vectors = self._vector(rate), self._vector(bias)
-        fields = a.offset, b.offset, *vectors, a.width, value_heads, _bits(beta)
+        fields = a.offset, b.offset, *vectors, a.width, value_heads, bits(beta)
         self._record(delta.delta_kernel("decay"), *fields)
         slot = self.state(delta.state_cells(value_heads, size, width))
         self._record(
@@ -172,6 +173,6 @@ class RecurrentSteps:
             *(part[0].offset for part in (q, k, v)), *(x.offset for x in (a, b, gate, out)),
             slot, key_heads, value_heads, size, width, 4 * (a.width > value_heads),
             *(4 * part[1] for part in (q, k, v)),
-            self._vector(norm), _bits(epsilon), ACTIVATIONS[activation],
+            self._vector(norm), bits(epsilon), ACTIVATIONS[activation],
         )  # fmt: skip
         return slot

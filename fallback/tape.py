@@ -31,7 +31,7 @@ from mlxedge.fallback.forward_ops import PART_FIELDS, grain, scratch_bytes, step
 from mlxedge.fallback.lanes import LANES
 from mlxedge.fallback.latent import unfold_kernel
 from mlxedge.fallback.linear import Matrix
-from mlxedge.fallback.recurrent import RecurrentSteps
+from mlxedge.fallback.recurrent import RecurrentSteps, bits
 from mlxedge.fallback.streams import stream_kernel
 
 #: Matrices that fit the fields of one step, after the function's address and the five of a linear.
@@ -54,10 +54,6 @@ def aligned(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _bits(value: float) -> int:
-    return int(np.float32(value).view(np.uint32))
 
 
 @dataclass(frozen=True)
@@ -268,7 +264,7 @@ class Tape(RecurrentSteps):
         width = x.width // pieces
         if pieces > 1 and (width * pieces != x.width or width % LANES):
             raise UsageError(f"{pieces} pieces of {x.width} columns are not whole vectors")
-        fields = x.offset, out.offset, self._vector(weight), width, _bits(epsilon)
+        fields = x.offset, out.offset, self._vector(weight), width, bits(epsilon)
         self._record(step_kernel("norm"), *fields, int(centred), self._vector(bias), pieces)
 
     def tap(self, name: Any, x: Buffer) -> None:
@@ -308,17 +304,17 @@ class Tape(RecurrentSteps):
         """gate = g · sigmoid(alpha · g) · (u + 1), where g is gate up to ``limit`` and u is up
         within ± ``limit``, for every position or slot: that of gpt-oss
         (openai/gpt-oss, ``gpt_oss/torch/model.py``)."""
-        fields = gate.offset, up.offset, gate.width, gate.slots, _bits(alpha), _bits(limit)
+        fields = gate.offset, up.offset, gate.width, gate.slots, bits(alpha), bits(limit)
         self._record(step_kernel("clamped_gate"), *fields)
 
     def add(self, x: Buffer, to: Buffer, factor: float = 1.0) -> None:
         """to += factor · x."""
-        self._record(step_kernel("add"), x.offset, to.offset, x.width, _bits(factor))
+        self._record(step_kernel("add"), x.offset, to.offset, x.width, bits(factor))
 
     def scale(self, x: Buffer, factor: float, cap: float = 0.0) -> None:
         """x = factor · x, and then cap · tanh(x / cap) if ``cap`` is not zero."""
         vectors = 0 if x.within is None else x.stored // LANES
-        self._record(step_kernel("scale"), x.offset, _bits(factor), _bits(cap), vectors)
+        self._record(step_kernel("scale"), x.offset, bits(factor), bits(cap), vectors)
 
     def mix(self, base: Buffer, x: Buffer, factors: Buffer, out: Buffer, pieces: int) -> None:
         """out_i = base_i + Σ_j factors[i, j] · x_j, where ``out`` and ``base`` are so many pieces
@@ -343,7 +339,7 @@ class Tape(RecurrentSteps):
 
     def cut(self, x: Buffer, deviations: float) -> None:
         """x = max(0, x - the mean of its row - so many of its standard deviations)."""
-        self._record(stream_kernel("cut"), x.offset, x.width, _bits(deviations))
+        self._record(stream_kernel("cut"), x.offset, x.width, bits(deviations))
 
     def multiply(self, x: Buffer, weight: np.ndarray, out: Buffer) -> None:
         """out = x · weight, of each column its own; x may be out."""
@@ -352,14 +348,14 @@ class Tape(RecurrentSteps):
 
     def clip(self, x: Buffer, limit: float) -> None:
         """x = x within ± ``limit``, for every position."""
-        self._record(step_kernel("clip"), x.offset, _bits(limit))
+        self._record(step_kernel("clip"), x.offset, bits(limit))
 
     def temper(self, x: Buffer, beta: float, span: int) -> None:
         """x = x · (1 + β·log(1 + ⌊position / span⌋)): the attention temperature of Llama 4, as in
         transformers' ``modeling_llama4.py``."""
         if span <= 0:
             raise UsageError(f"a temperature cannot change every {span} positions")
-        self._record(step_kernel("temper"), x.offset, x.width, _bits(beta), span)
+        self._record(step_kernel("temper"), x.offset, x.width, bits(beta), span)
 
     def route(
         self,
@@ -407,7 +403,7 @@ class Tape(RecurrentSteps):
             if given is not None and given.size != experts:
                 raise UsageError(f"a bias of {given.size} for {experts} experts")
         self._scratch = max(self._scratch, route_scratch_bytes(experts))
-        fields = [SCORES[score], int(normalise), _bits(scale), self._vector(bias)]
+        fields = [SCORES[score], int(normalise), bits(scale), self._vector(bias)]
         fields += [groups, top_groups, group_best, self._vector(each)]
         self._expert_step("route", logits, choice, *fields)
 
@@ -511,7 +507,7 @@ class Tape(RecurrentSteps):
         shared += [rotated, self._vector(q_norm), self._vector(k_norm)]
         kind = attention.LAYER_NORM * centred + attention.NORM_LAST * norm_last
         apart = q_norm is not None and q_norm.size > head_dim
-        shared += [_bits(epsilon), _bits(scale), window, _bits(cap), rope, int(neighbours), kind]
+        shared += [bits(epsilon), bits(scale), window, bits(cap), rope, int(neighbours), kind]
         shared.append(4 * head_dim if apart else 0)
         shared += [value_dim, 4 * rotated_from, self._vector(sinks), kv_heads if kept else 0]
         if slopes is not None:

@@ -31,6 +31,7 @@ from mlxedge.record import recorded_fingerprint
 from mlxedge.targets import Target, parse_target
 
 if TYPE_CHECKING:
+    from mlxedge.models.spec import Config, ModelSpec
     from mlxedge.ops import Quality
     from mlxedge.pipeline import ProgressHook
     from mlxedge.report import Report
@@ -155,8 +156,7 @@ def plan_conversion(
     spec, checkpoint = prepare(checkpoint)
     config = checkpoint.config
     for target in targets:
-        if target.format != "hf" and (why := spec.objections(config, target.format)):
-            raise UnsupportedModelError(f"{target.spec}: {'; '.join(why)}")
+        check_runtime(spec, config, target)
     check_weights(spec, checkpoint)
     overrides.check_targets(targets)
     if all(t.recipe in PLAIN for t in targets) and not overrides:
@@ -230,6 +230,12 @@ def _find_finished(plan: Plan, backend: str, allow_nan: bool) -> None:
             made = output.path.exists() and not partial_dir(output.path).exists()
             mark = plan.fingerprint(output, backend, allow_nan)
             output.finished = made and recorded_fingerprint(output.path) == mark
+
+
+def check_runtime(spec: ModelSpec, config: Config, target: Target) -> None:
+    """Raise UnsupportedModelError where the runtime of a target would compute something else."""
+    if target.format != "hf" and (why := spec.objections(config, target.format)):
+        raise UnsupportedModelError(f"{target.spec}: {'; '.join(why)}")
 
 
 def source_dtype(checkpoint: Checkpoint) -> str:

@@ -219,15 +219,13 @@ def works(checkpoint: Checkpoint, targets: Sequence[Target]) -> list[Work]:
 def _plan(spec: ModelSpec, checkpoint: Checkpoint, target: Target) -> OutputPlan:
     from dataclasses import replace
 
-    from mlxedge.conversion import source_dtype
-    from mlxedge.errors import UnsupportedModelError
+    from mlxedge.conversion import check_runtime, source_dtype
     from mlxedge.outputs.gguf import plan_gguf
     from mlxedge.outputs.hf_dir import plan_hf
     from mlxedge.outputs.mlx_dir import plan_mlx
 
     config = checkpoint.config
-    if target.format != "hf" and (why := spec.objections(config, target.format)):
-        raise UnsupportedModelError(f"{target.spec}: {'; '.join(why)}")
+    check_runtime(spec, config, target)
     # Tokenizers add nothing that counts, and may need a name by hand.
     bare = replace(checkpoint, tokenizer=None)
     out = Path("prediction")

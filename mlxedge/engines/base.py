@@ -59,6 +59,20 @@ class Engine(Protocol):
         """Free what the engine holds."""
 
 
+def sampled(
+    engine: Engine, tokens: Sequence[int], state: Any, sampling: Sampling, most: int
+) -> Generator[int, None, None]:
+    """``Engine.generate`` of an engine that has no loop of its own, by its ``run``."""
+    from mlxedge.sampling import Sampler
+
+    sampler = Sampler(sampling)
+    fed: Sequence[int] = tokens
+    for _ in range(most):
+        token = sampler.choose(engine.run(fed, state, 1)[0])
+        yield token
+        fed = [token]
+
+
 def check_tokens(tokens: Sequence[int], vocab: int, length: int, context: int) -> None:
     """Raise UsageError for no token, ids beyond the vocabulary, or more than the context holds."""
     if not len(tokens):

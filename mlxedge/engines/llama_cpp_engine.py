@@ -7,9 +7,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxedge.engines.base import About, check_tokens
+from mlxedge.engines.base import About, check_tokens, sampled
 from mlxedge.errors import BackendError, UsageError
-from mlxedge.sampling import Sampler, Sampling
+from mlxedge.sampling import Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,12 +128,7 @@ class LlamaCppEngine:
     def generate(
         self, tokens: Sequence[int], state: LlamaState, sampling: Sampling, most: int
     ) -> Generator[int, None, None]:
-        sampler = Sampler(sampling)
-        fed: Sequence[int] = tokens
-        for _ in range(most):
-            token = sampler.choose(self.run(fed, state, 1)[0])
-            yield token
-            fed = [token]
+        return sampled(self, tokens, state, sampling, most)
 
     def about(self) -> About:
         from mlxedge.engines.llama_library import build

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxedge.engines.base import About, check_tokens
+from mlxedge.engines.base import About, check_tokens, sampled
 from mlxedge.models.decoder import Decoder
-from mlxedge.sampling import Sampler, Sampling
+from mlxedge.sampling import Sampling
 from mlxedge.version import VERSION
 
 if TYPE_CHECKING:
@@ -62,12 +62,7 @@ class NumpyEngine:
     def generate(
         self, tokens: Sequence[int], state: NumpyState, sampling: Sampling, most: int
     ) -> Generator[int, None, None]:
-        sampler = Sampler(sampling)
-        fed: Sequence[int] = tokens
-        for _ in range(most):
-            token = sampler.choose(self.run(fed, state, 1)[0])
-            yield token
-            fed = [token]
+        return sampled(self, tokens, state, sampling, most)
 
     def about(self) -> About:
         return About("cpu", f"mlxedge {VERSION}")

@@ -21,6 +21,7 @@ from mlxedge.models.mixers.gated_delta import settings
 from mlxedge.models.names import names
 from mlxedge.models.recasts import Join, Recast, Reshape, Values
 from mlxedge.models.spec import PREDICTING, Config, Name
+from mlxedge.models.windows import every
 from mlxedge.models.wiring import Wiring
 
 WIRING = Wiring(unit_norm=True, head_norm="head", partial=True)
@@ -176,9 +177,7 @@ def settle(config: Config) -> Config:
 
 def _interval(config: Config) -> int | None:
     """Every how many layers one has full attention; ``None`` if they follow no such rule."""
-    full = [kind == FULL for kind in config["layer_types"]]
-    periods = range(1, len(full) + 1)
-    return next((p for p in periods if full == [(i + 1) % p == 0 for i in range(len(full))]), None)
+    return every([kind == FULL for kind in config["layer_types"]])
 
 
 def check(experts: Experts | None) -> Callable[[Config, str], list[str]]:

@@ -25,8 +25,13 @@ def factors(config: Config) -> Factors:
     )
 
 
+def zeros(config: Config, runtime: str) -> list[str]:
+    """An objection to each factor that is 0."""
+    return [f"{key} is 0" for key in FACTORS if not config[key]]
+
+
 def _check(config: Config, runtime: str) -> list[str]:
-    found = [f"{key} is 0" for key in FACTORS if not config[key]]
+    found = zeros(config, runtime)
     heads = config["head_dim"] * config["num_attention_heads"]
     if runtime == "mlx" and heads != config["hidden_size"]:
         found.append("mlx-lm's granite needs heads that add up to the hidden size")

@@ -6,12 +6,10 @@ from dataclasses import replace
 
 from mlxedge.models.dense import Dense, Key
 from mlxedge.models.experts import SHARED
-from mlxedge.models.granite import FACTORS, factors
-from mlxedge.models.granitemoe import BLOCK, KEYS, RECASTS, ROUTER
+from mlxedge.models.granite import FACTORS, factors, zeros
 from mlxedge.models.granitemoe import EXPERTS as WITHOUT_SHARED
-from mlxedge.models.names import names
+from mlxedge.models.granitemoe import KEYS, RECASTS, tensors
 from mlxedge.models.recasts import Join, Recast
-from mlxedge.models.spec import Config
 
 _WIDTH = "shared_intermediate_size"
 _GGUF_WIDTH = "expert_shared_feed_forward_length"
@@ -20,23 +18,11 @@ _LAYER = "model.layers.{i}."
 _GATE, _UP, _DOWN = (f"{_LAYER}{part}.weight" for part in SHARED)
 
 
-def _check(config: Config, runtime: str) -> list[str]:
-    return [f"{key} is 0" for key in FACTORS if not config[key]]
-
-
 SPEC = Dense(
     model_type="granitemoeshared",
     architecture="GraniteMoeSharedForCausalLM",
     arch="granitemoe",
-    names=names(
-        rope_rows=True,
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        experts=EXPERTS,
-        block=BLOCK,
-        apart=False,
-        called=ROUTER,
-    ),
+    names=tensors(EXPERTS),
     experts=EXPERTS,
     recasts=(
         *RECASTS,
@@ -50,5 +36,5 @@ SPEC = Dense(
     freq_factors=True,
     lacks=("mlx",),
     reads=lambda metadata: f"granitemoe.{_GGUF_WIDTH}" in metadata,
-    check=_check,
+    check=zeros,
 ).spec()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mlxedge.models.spec import Config
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -27,9 +29,14 @@ def windows_by_type(config: Config) -> tuple[int, ...]:
 
 def period_of(config: Config) -> int | None:
     """The period with which layers attend to everything, or ``None`` if they have none."""
-    full = [kind != SLIDING for kind in config["layer_types"]]
-    periods = range(1, len(full) + 1)
-    return next((p for p in periods if full == [(i + 1) % p == 0 for i in range(len(full))]), None)
+    return every([kind != SLIDING for kind in config["layer_types"]])
+
+
+def every(layers: Sequence[bool]) -> int | None:
+    """The period with which it is true of ``layers``, or ``None`` if there is none."""
+    count = len(layers)
+    periods = range(1, count + 1)
+    return next((p for p in periods if layers == [(i + 1) % p == 0 for i in range(count)]), None)
 
 
 def periodic(config: Config, runtime: str) -> list[str]:

@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-    "rope_theta": 1e5,
-}
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "rope_theta": 1e5,
-}
-LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}
+from oracles.architectures import LINEAR, LLAMA3, YARN
+
 PLAIN = {"rope_type": "default", "rope_theta": 1e5}
 
 HALF = {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5}

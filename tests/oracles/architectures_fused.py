@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}
+from oracles.architectures import LINEAR
 
 NO_MLX = {"mlx": "mlx-lm does not have this architecture"}
 NO_LLAMA_CPP = {"gguf": "llama.cpp does not have this architecture"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from oracles.architectures import LINEAR, LLAMA3, YARN
+
 #: What transformers has no code of: tests/peers/test_remote_code_moe.py holds those to others.
 REMOTE_CODE = ("bailing_moe", "deepseek")
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -98,21 +100,6 @@ OWN["granitemoe"] = OWN["granitemoeshared"] = {
     "residual_multiplier": 0.3,
     "logits_scaling": 2.5,
 }
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-    "rope_theta": 1e5,
-}
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "rope_theta": 1e5,
-}
-LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}
 SAVED: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "model_type": "gpt_oss",
